@@ -1,0 +1,104 @@
+"""Names and what they stand for: objectives, row formats, verifiers.
+
+Built-in entries are import paths, so that listing names imports nothing.  A plug-in registers the thing itself with a
+decorator; an installed package may use the entry-point groups ``alignlab.objectives``, ``alignlab.formats`` and
+``alignlab.verifiers``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
+
+from alignlab.errors import ConfigError
+
+T = TypeVar("T")
+
+
+class Registry:
+    """``name -> entry`` for one kind of thing; unknown names are answered with the nearest known one."""
+
+    def __init__(self, kind: str, builtin: dict[str, str]) -> None:
+        self.kind = kind
+        self._paths = dict(builtin)
+        self._entries: dict[str, Any] = {}
+
+    def names(self) -> list[str]:
+        """All known names, sorted."""
+        return sorted({*self._paths, *self._entries, *(e.name for e in self._installed())})
+
+    def get(self, name: str) -> Any:
+        """The entry called ``name``; a :class:`ConfigError` with the nearest names where there is none."""
+        if name in self._entries:
+            return self._entries[name]
+        if name in self._paths:
+            module, _, attribute = self._paths[name].partition(":")
+            entry = getattr(import_module(module), attribute)
+        else:
+            found = [e for e in self._installed() if e.name == name]
+            if not found:
+                raise ConfigError(unknown_name(self.kind, name, self.names()))
+            entry = found[0].load()
+        self._entries[name] = entry
+        return entry
+
+    def add(self, name: str, entry: Any) -> None:
+        """Register ``entry``; a name can be taken once (the same object again is no error)."""
+        if name in self._paths or (name in self._entries and self._entries[name] is not entry):
+            raise ConfigError(f"{self.kind} '{name}' is registered already; choose another name")
+        self._entries[name] = entry
+
+    def _installed(self) -> list[Any]:
+        return list(entry_points(group=f"alignlab.{self.kind}s"))
+
+
+def unknown_name(kind: str, name: str, known: list[str]) -> str:
+    """One line for a name nobody knows: the nearest ones first, then all."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    return f"unknown {kind} '{name}'{hint} Known: {', '.join(known)}"
+
+
+OBJECTIVES = Registry(
+    "objective",
+    {
+        "sft": "alignlab.objectives.sft:SFT",
+        "dpo": "alignlab.objectives.dpo:DPO",
+        "kto": "alignlab.objectives.kto:KTO",
+        "ift": "alignlab.objectives.ift:IFT",
+        "cpsft": "alignlab.objectives.cpo:CPSFT",
+        "cpo": "alignlab.objectives.cpo:CPO",
+        "reward": "alignlab.objectives.reward:Reward",
+    },
+)
+FORMATS = Registry("format", {})
+VERIFIERS = Registry("verifier", {})
+
+
+def register_objective(cls: type[T]) -> type[T]:
+    """Class decorator: make an objective with a ``Config`` dataclass known under its ``name``."""
+    OBJECTIVES.add(cls.name, cls)  # type: ignore[attr-defined]
+    return cls
+
+
+def register_format(name: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Decorator for ``row: dict -> Sample``; chosen with ``data.format=<name>``."""
+
+    def add(function: Callable[..., T]) -> Callable[..., T]:
+        FORMATS.add(name, function)
+        return function
+
+    return add
+
+
+def register_verifier(name: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Decorator for ``(verify: dict, completion: str) -> dict[str, float]``: measures of one generated text."""
+
+    def add(function: Callable[..., T]) -> Callable[..., T]:
+        VERIFIERS.add(name, function)
+        return function
+
+    return add
