@@ -74,8 +74,31 @@ OBJECTIVES = Registry(
         "reward": "alignlab.objectives.reward:Reward",
     },
 )
-FORMATS = Registry("format", {})
-VERIFIERS = Registry("verifier", {})
+FORMATS = Registry(
+    "format",
+    {
+        "messages": "alignlab.data.formats:from_messages",
+        "prompt_completion": "alignlab.data.formats:from_prompt_completion",
+        "text": "alignlab.data.formats:from_text",
+        "alpaca": "alignlab.data.formats:from_alpaca",
+        "questions": "alignlab.data.formats:from_questions",
+        "prompts": "alignlab.data.formats:from_prompts",
+        "preference": "alignlab.data.formats:from_preference",
+        "hh": "alignlab.data.formats:from_hh",
+        "unpaired": "alignlab.data.formats:from_unpaired",
+        "scored": "alignlab.data.formats:from_scored",
+        "tokens": "alignlab.data.formats:from_tokens",
+        "trees": "alignlab.data.formats_trees:from_trees",
+    },
+)
+VERIFIERS = Registry(
+    "verifier",
+    {
+        "sums": "alignlab.data.world:measure",
+        "number": "alignlab.verifiers.answers:number",
+        "choice": "alignlab.verifiers.answers:choice",
+    },
+)
 
 
 def register_objective(cls: type[T]) -> type[T]:

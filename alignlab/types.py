@@ -21,7 +21,12 @@ Message = dict[str, Any]
 
 
 class Unit(str, Enum):
-    """What a loss is a sum over, and therefore what the loop divides it by."""
+    """What a loss is a sum over, and therefore what the loop divides it by.
+
+    A step's totals are sums of weights: of its pairs; of its sequences; for ``TOKEN`` of each sequence's weight times
+    its number of targets, and where the examples are pairs, of each pair's weight times the number of targets of its
+    chosen sequence (the negative log-likelihood term of orpo and dpo+sft runs over those).
+    """
 
     TOKEN = "token"
     SEQUENCE = "sequence"

@@ -1,0 +1,256 @@
+"""Conditions on ratings: Controllable Preference Optimization's data (CPO, arXiv 2402.19085, sections 3.2 and 3.3).
+
+A completion is asked for by the ratings it should have, written in front of the instruction
+(``<Helpfulness: 5> <Honesty: 3> instruction``).  CPSFT shows every completion under its own ratings; CPO prefers, under
+a condition, the completion that meets the controlled dimensions best and is best in the free ones.  Nothing here is
+TRL's contrastive "CPO".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from alignlab.config import ConditionConfig
+from alignlab.data.examples import same_prompt
+from alignlab.errors import ConfigError, DataError
+from alignlab.types import Message, Pair, Sample, Sequence
+
+Condition = dict[str, float]
+"""Controlled dimensions and their wanted levels."""
+
+_NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
+_LEVEL = r"-?[0-9]+(?:\.[0-9]+)?"
+_TOKEN = re.compile(rf"<([A-Z][a-z0-9]*(?: [A-Z0-9][a-z0-9]*)*): ({_LEVEL})>(?: |$)")
+_ESCAPED = re.compile(rf"\\*<([A-Z][a-z0-9]*(?: [A-Z0-9][a-z0-9]*)*): ({_LEVEL})>")
+
+
+@dataclass(frozen=True, slots=True)
+class ControlFormat:
+    """How a condition is written in front of an instruction, and read back: ``parse(render(c, x)) == (c, x)``.
+
+    ``dimensions`` are written in this order (others behind them, by name).  An instruction that itself begins like a
+    condition gets a backslash in front, so that text cannot forge one.
+    """
+
+    dimensions: tuple[str, ...] = ()
+
+    def tokens(self, condition: Mapping[str, float]) -> str:
+        """``<Helpfulness: 5> <Honesty: 3>``; a :class:`ConfigError` for a name that could not be read back."""
+        order = {name: i for i, name in enumerate(self.dimensions)}
+        written = []
+        for name in sorted(condition, key=lambda name: (order.get(name, len(order)), name)):
+            if not _NAME.fullmatch(name):
+                raise ConfigError(f"data.condition: dimension '{name}' must be lower-case words joined by _")
+            written.append(f"<{' '.join(map(str.capitalize, name.split('_')))}: {_level(name, condition[name])}>")
+        return " ".join(written)
+
+    def render(self, condition: Mapping[str, float], instruction: str) -> str:
+        """The instruction under a condition."""
+        if _ESCAPED.match(instruction):
+            instruction = "\\" + instruction
+        return f"{self.tokens(condition)} {instruction}" if condition else instruction
+
+    def parse(self, text: str) -> tuple[Condition, str]:
+        """The condition in front of an instruction, and the instruction."""
+        condition: Condition = {}
+        while match := _TOKEN.match(text):
+            condition[match[1].lower().replace(" ", "_")] = float(match[2])
+            text = text[match.end() :]
+        return condition, text[1:] if text.startswith("\\") and _ESCAPED.match(text) else text
+
+
+def _level(name: str, value: float) -> str:
+    text = np.format_float_positional(value, trim="-")
+    if not re.fullmatch(_LEVEL, text):
+        raise ConfigError(f"data.condition: level {value} of '{name}' is no number")
+    return text
+
+
+def preference_value(
+    scores: Mapping[str, float], condition: Mapping[str, float], weights: Mapping[str, float], form: str = "correct"
+) -> float:
+    """R of a response with ratings ``scores``: ``sum_i w_i g_i`` (CPO, section 3.3), larger is preferred.
+
+    ``correct``: g_i = -abs(P_i - c_i) where dimension i is controlled, else P_i.  ``released`` is the released code,
+    defects included, to compare with: an exact match counts as the rating itself (0 is falsy there), and controlled
+    honesty is -abs(P_i) - c_i, which prefers the least honest response.
+    """
+    if form not in ("correct", "released"):
+        raise ConfigError(f"data.condition.value must be correct or released, not '{form}'")
+    total = 0.0
+    for name, rating in scores.items():
+        gain = rating
+        if name in condition:
+            gain = -abs(rating - condition[name])
+            if form == "released":
+                gain = -abs(rating) - condition[name] if name == "honesty" else gain
+                gain = gain or rating
+        total += weights.get(name, 1.0) * gain
+    return total
+
+
+def conditioned(
+    sample: Sample, config: ConditionConfig, stage: str, rng: np.random.Generator | None = None
+) -> list[Sample]:
+    """One rated row as conditioned rows, without buckets: see :class:`Conditioner`.  ``rng`` defaults to its own."""
+    return Conditioner(replace(config, buckets=[]), stage).rows(sample, rng)
+
+
+class Conditioner:
+    """Turns rated rows into conditioned ones, filling the configured buckets in the order of the rows.
+
+    Without buckets: ``cpsft`` makes each completion a demonstration under all its ratings; ``cpo`` draws a completion
+    and a non-empty subset of its ratings as the condition, and pairs all completions by R under it.
+    With buckets (``{condition: {dimension: level | any}, max_count: n}``; a dimension not named is free): ``cpsft``
+    makes each completion that satisfies a bucket a demonstration under the bucket's dimensions; ``cpo`` draws one that
+    does, its ratings on these dimensions are the condition; a row serves every bucket, a bucket takes ``max_count``
+    examples.  ``drop`` leaves the condition out of that share of what is made.  Every draw is keyed by (seed, row id).
+    """
+
+    def __init__(self, config: ConditionConfig, stage: str) -> None:
+        if stage not in ("cpsft", "cpo"):
+            raise ConfigError(f"data.condition: stage must be cpsft or cpo, not '{stage}'")
+        if config.position not in ("user", "system"):
+            raise ConfigError(f"data.condition.position must be user or system, not '{config.position}'")
+        if not 0.0 <= config.drop <= 1.0:
+            raise ConfigError(f"data.condition.drop must be from 0 to 1, not {config.drop}")
+        preference_value({}, {}, {}, config.value)
+        self.config = config
+        self.stage = stage
+        self.format = ControlFormat(tuple(config.dimensions))
+        self._buckets = [_bucket(i, b, config.dimensions) for i, b in enumerate(config.buckets)]
+        self._filled = [0] * len(self._buckets)
+        self.counts: Counter[str] = Counter()
+        """examples made, by the condition as it is written (``none`` where it is left out)"""
+
+    def rows(self, sample: Sample, rng: np.random.Generator | None = None) -> list[Sample]:
+        """The conditioned rows of one row; none where nothing is rated, every R is equal or all buckets are full.
+
+        Raises :class:`DataError` where no completion of the row can ever be rated (the wrong kind of row).
+        """
+        if not any(sequence.scores for sequence in sample.sequences):
+            raise DataError(
+                f"row {sample.id}: {self.stage} needs rated completions (completions: [{{response, annotations}}])"
+            )
+        rng = rng if rng is not None else _generator(self.config.seed, sample.id)
+        rated = self._rated(sample)
+        made: list[Sample] = []
+        if not self._buckets and rated:
+            made = self._drawn(sample, rated, rng)
+        for number, (wanted, most) in enumerate(self._buckets):
+            room = most - self._filled[number]
+            suits = [(s, r) for s, r in rated if all(d in r and level in (None, r[d]) for d, level in wanted.items())]
+            if room <= 0 or not suits:
+                continue
+            new = self._bucketed(sample, rated, suits, list(wanted), room, rng)
+            self._filled[number] += sum(len(one.pairs) or 1 for one in new)
+            made += new
+        for number, one in enumerate(made):
+            one.id = f"{sample.id}#{number}"
+        return made
+
+    def _rated(self, sample: Sample) -> list[tuple[Sequence, Condition]]:
+        """Completions of the row's (first) prompt that are rated in every dimension the row has, with these ratings."""
+        pool = [s for s in sample.sequences if same_prompt(s, sample.sequences[0]) and s.completion]
+        allowed = self.config.dimensions
+        every = sorted({d for s in pool for d in s.scores if (d in allowed if allowed else d != "overall")})
+        return [(s, {d: s.scores[d] for d in every}) for s in pool if every and all(d in s.scores for d in every)]
+
+    def _drawn(self, sample: Sample, rated: list[tuple[Sequence, Condition]], rng: np.random.Generator) -> list[Sample]:
+        if self.stage == "cpsft":
+            return [self._demonstration(sample, s, self._maybe(r, rng)) for s, r in rated]
+        _, ratings = rated[rng.integers(len(rated))]
+        names = list(ratings)
+        picked = int(rng.integers(1, 2 ** len(names)))
+        condition = {name: ratings[name] for i, name in enumerate(names) if picked >> i & 1}
+        return self._preferences(sample, rated, self._maybe(condition, rng), None)
+
+    def _bucketed(
+        self,
+        sample: Sample,
+        rated: list[tuple[Sequence, Condition]],
+        suits: list[tuple[Sequence, Condition]],
+        names: list[str],
+        room: int,
+        rng: np.random.Generator,
+    ) -> list[Sample]:
+        if self.stage == "cpsft":
+            chosen = suits[:room]
+            return [self._demonstration(sample, s, self._maybe({n: r[n] for n in names}, rng)) for s, r in chosen]
+        _, ratings = suits[rng.integers(len(suits))]
+        return self._preferences(sample, rated, self._maybe({n: ratings[n] for n in names}, rng), room)
+
+    def _maybe(self, condition: Condition, rng: np.random.Generator) -> Condition:
+        return {} if self.config.drop and rng.random() < self.config.drop else condition
+
+    def _demonstration(self, sample: Sample, sequence: Sequence, condition: Condition) -> Sample:
+        self.counts[self.format.tokens(condition) or "none"] += 1
+        verify = {**sample.verify, "condition": condition}
+        return replace(sample, sequences=[self._under(condition, sequence)], pairs=[], verify=verify)
+
+    def _preferences(
+        self, sample: Sample, rated: list[tuple[Sequence, Condition]], condition: Condition, room: int | None
+    ) -> list[Sample]:
+        values = [preference_value(r, condition, self.config.weights, self.config.value) for _, r in rated]
+        pairs = [
+            Pair(i, j)
+            for i in range(len(rated))
+            for j in range(len(rated))
+            if values[i] > values[j] and rated[i][0].completion != rated[j][0].completion
+        ][:room]
+        if not pairs:
+            return []
+        self.counts[self.format.tokens(condition) or "none"] += len(pairs)
+        sequences = [self._under(condition, s) for s, _ in rated]
+        return [replace(sample, sequences=sequences, pairs=pairs, verify={**sample.verify, "condition": condition})]
+
+    def _under(self, condition: Condition, sequence: Sequence) -> Sequence:
+        return replace(sequence, prompt=self.prompt(condition, sequence.prompt or ""))
+
+    def prompt(self, condition: Condition, prompt: list[Message] | str) -> list[Message] | str:
+        """``prompt`` (turns or text) under a condition: before its last user turn, or in its system turn."""
+        if isinstance(prompt, str):
+            return self.format.render(condition, prompt)
+        turns = list(prompt)
+        if self.config.position == "system":
+            tokens = self.format.tokens(condition)
+            if turns and turns[0]["role"] == "system":
+                turns[0] = {**turns[0], "content": self.format.render(condition, turns[0]["content"])}
+            elif tokens:
+                turns.insert(0, {"role": "system", "content": tokens})
+            return turns
+        last = max((i for i, turn in enumerate(turns) if turn["role"] == "user"), default=None)
+        if last is None:
+            raise DataError("data.condition.position=user: the prompt has no user turn; use position=system")
+        turns[last] = {**turns[last], "content": self.format.render(condition, turns[last]["content"])}
+        return turns
+
+
+def _generator(seed: int, key: str) -> np.random.Generator:
+    """A generator of its own for every row, so that no draw depends on the order or number of rows."""
+    digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], dtype=np.uint64)))
+
+
+def _bucket(number: int, bucket: Mapping[str, object], dimensions: list[str]) -> tuple[dict[str, float | None], int]:
+    """(dimension -> level, None for any; most examples) of one configured bucket."""
+    place = f"data.condition.buckets[{number}]"
+    if unknown := set(bucket) - {"condition", "max_count"}:
+        raise ConfigError(f"{place}: unknown key '{sorted(unknown)[0]}'; a bucket has condition and max_count")
+    wanted, most = bucket.get("condition") or {}, bucket.get("max_count")
+    if not isinstance(wanted, Mapping) or type(most) is not int or most < 0:
+        raise ConfigError(f"{place}: needs condition: {{dimension: level | any}} and max_count: a number")
+    levels: dict[str, float | None] = {}
+    for name, level in wanted.items():
+        if dimensions and name not in dimensions:
+            raise ConfigError(f"{place}: dimension '{name}' is not in data.condition.dimensions")
+        if level != "any" and (isinstance(level, bool) or not isinstance(level, int | float)):
+            raise ConfigError(f"{place}: level of '{name}' must be a number or any, not {level!r}")
+        levels[str(name)] = None if level == "any" else float(level)
+    return levels, most

@@ -1,0 +1,42 @@
+"""A rank's micro-batches of a step: packed in a background thread, handed over on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from alignlab.data.index import Index
+from alignlab.data.pack import Prefetcher, pack, to_device
+from alignlab.types import PackedBatch
+
+
+class Loader:
+    """Micro-batches of one index in one layout.
+
+    ``values`` are numbers for every sequence of the index (reference log-probabilities), ``mismatched_values`` those
+    of rows with a partner's completion, keyed (own, partner).
+    """
+
+    def __init__(
+        self, index: Index, layout: str, device: torch.device, dtype: torch.dtype, rank: int, *,
+        mixes_inputs: bool = False, pad_id: int = 0, merge_prompts: bool = False,
+    ) -> None:  # fmt: skip
+        self.index, self.device, self.rank = index, device, rank
+        self.values: dict[str, np.ndarray] = {}
+        self.mismatched_values: dict[str, Mapping[tuple[int, int], float]] = {}
+        self._pack = partial(
+            pack, index, layout=layout, mixes_inputs=mixes_inputs, pad_id=pad_id, dtype=dtype,
+            merge_prompts=merge_prompts,
+        )  # fmt: skip
+
+    def of(self, plan: Any, select: str = "main") -> Iterator[PackedBatch]:
+        """This rank's micro-batches of ``plan``; ``select="mismatched"`` gives KTO's partner rows instead."""
+        values = self.values if select == "main" else self.mismatched_values
+        make = partial(self._pack, select=select, values=values)
+        with Prefetcher(plan.for_rank(self.rank), make) as batches:
+            for batch in batches:
+                yield to_device(batch, self.device)

@@ -1,0 +1,406 @@
+"""From a row to tokens and targets: the one place where text becomes token ids, for training and for sampling.
+
+A rendered conversation is encoded as a whole, nothing added (the template writes its own BOS and EOS), and a token is
+a target if it belongs to a stretch that the assistant has to write: spans make masks, never a comparison with a token
+id.  Plain text gets what the tokenizer adds in front, and one end-of-sequence token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from alignlab.data.chat import Chat, Path, Refused, Span
+from alignlab.data.examples import fault, prune, target_turns
+from alignlab.errors import ConfigError, DataError
+from alignlab.types import EncodedSample, EncodedSequence, Message, Sample, Sequence
+
+VERSION = 1
+"""Part of every fingerprint: raise it when a change here changes tokens or targets."""
+
+_VERIFIED = 32
+"""So many paths are decoded again and compared with the rendered text (a tokenizer whose offsets lie is refused)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A row that is not trained on, and why: ``empty_response``, ``no_target``, ``identical_pair``, ``no_example``,
+    ``overlong``, ``template_refused``."""
+
+    reason: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoding:
+    """Token ids with the [start, end) of the text each stands for; the intervals cover the text without gaps."""
+
+    ids: list[int]
+    spans: list[Span]
+
+
+class Encoder:
+    """Samples to token ids and target masks, with one tokenizer, template, longest length and set of policies.
+
+    ``tokenizer`` must be a fast one (offsets), or None for rows that are tokens already.  ``chat_template``: a path or
+    a template's text, default the tokenizer's.  ``max_length`` in tokens, None for no limit; ``overlong``: ``drop`` |
+    ``cut`` (the end of the completion) | ``error``.  ``history_reasoning``: ``keep`` renders a conversation once for
+    all its target turns; ``drop`` renders one path for each target turn, up to that turn, as the model would meet it
+    (sequences of a pair are always one path, since a pair is of two).
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        chat_template: str | None = None,
+        max_length: int | None = None,
+        overlong: str = "drop",
+        history_reasoning: str = "keep",
+    ) -> None:
+        for name, value, known in (
+            ("overlong", overlong, ("drop", "cut", "error")),
+            ("history_reasoning", history_reasoning, ("keep", "drop")),
+        ):
+            if value not in known:
+                raise ConfigError(f"data.{name} must be {' | '.join(known)}, not '{value}'")
+        if max_length is not None and max_length < 2:
+            raise ConfigError(f"data.max_length must be at least 2, not {max_length}")
+        if tokenizer is not None and not getattr(tokenizer, "is_fast", False):
+            raise DataError("the tokenizer is a slow one and cannot say where tokens stand; use its fast version")
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.overlong = overlong
+        self.history_reasoning = history_reasoning
+        self.partial: Counter[str] = Counter()
+        """sequences and pairs left out of rows that were kept, by reason"""
+        self._chat = Chat(tokenizer, chat_template) if tokenizer is not None else None
+        self._control = frozenset(tokenizer.added_tokens_decoder if tokenizer is not None else ())
+        self._to_verify = _VERIFIED
+        self._stops: list[int] | None = None
+
+    @property
+    def template(self) -> str | None:
+        """The template's text (what is saved with the model), None where there is none."""
+        return self._chat.template if self._chat else None
+
+    @property
+    def template_name(self) -> str:
+        """For people: a guess at the family and the head of the text's hash."""
+        return self._chat.name if self._chat else "none"
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end a completion: the tokenizer's EOS and the one the template puts behind an assistant turn."""
+        if self._stops is None:
+            self._stops = self._find_stops()
+        return self._stops
+
+    def fingerprint(self) -> str:
+        """Hash of everything that decides which tokens and targets a sample becomes."""
+        parts: list[Any] = [VERSION, self.max_length, self.overlong, self.history_reasoning, self.template]
+        if self.tokenizer is not None:
+            backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
+            parts += [{k: v for k, v in backend.items() if k not in ("truncation", "padding")}]
+            parts += [self.tokenizer.special_tokens_map, self.tokenizer.eos_token_id]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+    def encode(self, sample: Sample) -> EncodedSample | Dropped:
+        """The sample in tokens, without its faulty, overlong and (in tokens) identical parts; Dropped if none is left.
+
+        Raises :class:`DataError` where the template or the tokenizer cannot serve, and under ``overlong=error``.
+        """
+        if reason := fault(sample):
+            return Dropped(reason)
+        sample, reasons = prune(sample)
+        made: list[tuple[EncodedSequence, Sequence]] = []
+        place: dict[int, int] = {}
+        detail = ""
+        for i, sequence in enumerate(sample.sequences):
+            try:
+                encoded = self._sequence(sequence, sample)
+            except Refused as error:
+                reasons["template_refused"] += 1
+                detail = str(error)
+                continue
+            for one in encoded:
+                fitted = self._fitted(one, sample)
+                if isinstance(fitted, Dropped):
+                    reasons[fitted.reason] += 1
+                    detail = fitted.detail
+                else:
+                    place[i] = len(made)
+                    made.append((fitted, sequence))
+        pairs = []
+        for pair in sample.pairs:
+            if pair.chosen not in place or pair.rejected not in place:
+                continue
+            moved = replace(pair, chosen=place[pair.chosen], rejected=place[pair.rejected])
+            if _equal(made[moved.chosen][0], made[moved.rejected][0]):
+                reasons["identical_pair"] += 1
+            else:
+                pairs.append(moved)
+        if not made or (sample.pairs and not pairs):
+            return Dropped(reasons.most_common(1)[0][0], detail)
+        self.partial.update(reasons)
+        return _encoded(sample, made, pairs)
+
+    def render_prompt(self, messages: list[Message] | str, tools: list[Any] | None = None) -> list[int]:
+        """Token ids of a prompt to answer: with the generation prompt, or plain text as the tokenizer begins it."""
+        if isinstance(messages, str):
+            return self._tokens(Path(messages), special=True).ids
+        assert self._chat is not None, "turns need a tokenizer"
+        try:
+            return self._tokens(self._chat.prompt(_clean(messages), tools)).ids
+        except Refused as error:
+            raise DataError(f"the chat template {self.template_name} refuses the prompt: {error}") from None
+
+    def terminators(self, sequence: EncodedSequence) -> tuple[int, int]:
+        """(target stretches, those that hold a terminator as a target); (0, 0) without a tokenizer."""
+        if self.tokenizer is None:
+            return 0, 0
+        edges = np.flatnonzero(np.diff(sequence.target, prepend=False, append=False))
+        runs = [sequence.tokens[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True)]
+        return len(runs), sum(bool(np.isin(run, self.stop_ids).any()) for run in runs)
+
+    # One sequence
+
+    def _sequence(self, sequence: Sequence, sample: Sample) -> list[EncodedSequence]:
+        if sequence.input_ids is not None:
+            mask = sequence.target_mask
+            if mask is None or len(mask) != len(sequence.input_ids):
+                raise DataError(f"row {sample.id}: input_ids and target_mask differ in length")
+            return [_made(sequence.input_ids, mask)]
+        if self.tokenizer is None:
+            raise DataError(f"row {sample.id}: the model has no tokenizer; give token rows (input_ids, prompt_length)")
+        if isinstance(sequence.prompt, str) and isinstance(sequence.completion, str):
+            return [self._plain(sequence.prompt, sequence.completion)]
+        if isinstance(sequence.prompt, str) or isinstance(sequence.completion, str):
+            raise DataError(f"row {sample.id}: prompt and completion must both be text or both be turns")
+        before, after = sequence.prompt or [], sequence.completion or []
+        wanted = {id(turn) for turn in target_turns(after)}
+        turns = [*before, *after]
+        targets = [i for i, turn in enumerate(turns) if i >= len(before) and id(turn) in wanted]
+        turns = _clean(turns[: targets[-1] + 1])
+        if self.history_reasoning == "keep" or sample.pairs:
+            return [self._conversation(turns, targets, sample)]
+        return [self._conversation(turns[: i + 1], [i], sample) for i in targets]
+
+    def _conversation(self, turns: list[Message], targets: list[int], sample: Sample) -> EncodedSequence:
+        assert self._chat is not None
+        try:
+            path = self._chat.path(turns, targets, sample.tools)
+        except DataError as error:
+            raise DataError(f"row {sample.id}: {error}") from None
+        encoding = self._tokens(path)
+        mask = _within(encoding.spans, path.targets)
+        if self._to_verify or path.text_only:
+            self._verify(path, encoding, mask, sample)
+        return _made(encoding.ids, mask)
+
+    def _plain(self, prompt: str, completion: str) -> EncodedSequence:
+        encoding = self._tokens(Path(prompt + completion), special=True)
+        ids, mask = encoding.ids, _within(encoding.spans, ((len(prompt), len(prompt) + len(completion)),))
+        end = self.tokenizer.eos_token_id
+        if end is not None and (not ids or ids[-1] != end):
+            return _made([*ids, end], [*mask, True])
+        return _made(ids, [*mask[:-1], True])
+
+    def _fitted(self, one: EncodedSequence, sample: Sample) -> EncodedSequence | Dropped:
+        most = self.max_length
+        if most is not None and len(one.tokens) > most:
+            said = f"{len(one.tokens)} tokens, longer than data.max_length {most}"
+            if self.overlong == "error":
+                raise DataError(f"row {sample.id}: {said}; raise it, or set data.overlong to drop or cut")
+            if self.overlong == "drop":
+                return Dropped("overlong", said)
+            one = EncodedSequence(one.tokens[:most], one.target[:most])
+        return one if one.target.any() else Dropped("no_target", "no target token is left")
+
+    # Text to tokens
+
+    def _tokens(self, path: Path, *, special: bool = False) -> _Encoding:
+        """``path`` encoded; what its ``text_only`` stretches spell is text, whatever it spells.
+
+        Control tokens cut a text before anything else looks at it, so the stretch between two real ones can be encoded
+        again on its own without changing its neighbours.
+        """
+        encoding = self._encode(path.text, special=special)
+        if not path.text_only or not self._forged(encoding, path.text_only):
+            return encoding
+        ids: list[int] = []
+        spans: list[Span] = []
+        first = 0
+        for i in range(len(encoding.ids) + 1):
+            last = i == len(encoding.ids)
+            if not last and (encoding.ids[i] not in self._control or _touches(encoding.spans[i], path.text_only)):
+                continue
+            if first < i:
+                start, end = encoding.spans[first][0], encoding.spans[i - 1][1]
+                inner = [(a - start, b - start) for a, b in path.text_only if start <= a and b <= end]
+                part = _Encoding(encoding.ids[first:i], [(a - start, b - start) for a, b in encoding.spans[first:i]])
+                part = self._as_text(path.text[start:end], inner) if inner else part
+                ids += part.ids
+                spans += [(a + start, b + start) for a, b in part.spans]
+            if not last:
+                ids.append(encoding.ids[i])
+                spans.append(encoding.spans[i])
+            first = i + 1
+        return _Encoding(ids, spans)
+
+    def _as_text(self, text: str, inner: list[Span]) -> _Encoding:
+        encoding = self._encode(text, split=True)
+        if not self._forged(encoding, inner):
+            return encoding
+        # Added tokens that are not special stay whole even so: cut each behind its first character.
+        cuts = [0, *(start + 1 for start, _ in inner), len(text)]
+        parts = [(cut, self._encode(text[cut:end], split=True)) for cut, end in pairwise(cuts)]
+        encoding = _Encoding(
+            [token for _, part in parts for token in part.ids],
+            [(a + cut, b + cut) for cut, part in parts for a, b in part.spans],
+        )
+        if self._forged(encoding, inner):
+            raise Refused("content spells a control token that this tokenizer cannot write as text")
+        return encoding
+
+    def _forged(self, encoding: _Encoding, text_only: tuple[Span, ...] | list[Span]) -> bool:
+        return any(
+            token in self._control and _touches(span, text_only)
+            for token, span in zip(encoding.ids, encoding.spans, strict=True)
+        )
+
+    def _encode(self, text: str, *, special: bool = False, split: bool = False) -> _Encoding:
+        encoded = self.tokenizer(
+            text,
+            add_special_tokens=special,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            split_special_tokens=split,
+            truncation=False,
+            verbose=False,
+        )
+        spans, last = [], 0
+        for start, end in encoded["offset_mapping"]:
+            # Some tokenizers trim the space in front of a word out of its offsets: a gap belongs to the token behind.
+            start = min(start, last)
+            spans.append((start, max(start, end)))
+            last = max(last, end)
+        return _Encoding(list(encoded["input_ids"]), spans)
+
+    def _verify(self, path: Path, encoding: _Encoding, mask: list[bool], sample: Sample) -> None:
+        """Decoding each run of targets must give back the text it was made from."""
+        self._to_verify = max(0, self._to_verify - 1)
+        for start, end in path.targets:
+            run = [i for i, span in enumerate(encoding.spans) if mask[i] and _touches(span, ((start, end),))]
+            ids = [encoding.ids[i] for i in run]
+            if self.tokenizer.unk_token_id in ids:
+                continue
+            written = path.text[encoding.spans[run[0]][0] : encoding.spans[run[-1]][1]] if run else ""
+            decoded = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            if not run or _plainly(decoded) != _plainly(written):
+                raise DataError(
+                    f"row {sample.id}: the target tokens read {decoded[:60]!r}, the template {self.template_name} "
+                    f"wrote {written[:60]!r}; this tokenizer cannot be masked by offsets"
+                )
+
+    def _find_stops(self) -> list[int]:
+        if self.tokenizer is None:
+            return []
+        found = {self.tokenizer.eos_token_id} - {None}
+        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+        if self.template and self._chat is not None:
+            try:
+                path = self._chat.path(turns, [1], None)
+            except (Refused, DataError):
+                return sorted(found)
+            encoding = self._tokens(path)
+            behind = path.text.rindex("y") + 1
+            tail = [token for token, (start, _) in zip(encoding.ids, encoding.spans, strict=True) if start >= behind]
+            found.update([token for token in tail if token in self._control][:1])
+        return sorted(found)
+
+
+def _clean(turns: list[Message]) -> list[Message]:
+    """Turns as templates take them: no nulls, no marks of ours, a call's arguments as an object."""
+    return [_turn(turn) for turn in turns]
+
+
+def _turn(turn: Message) -> Message:
+    made = {name: value for name, value in turn.items() if value is not None and name != "weight"}
+    for i, call in enumerate(made.get("tool_calls") or []):
+        function = call.get("function", call)
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except ValueError:
+                raise DataError(f"tool_calls[{i}].arguments is no JSON: {arguments[:40]!r}") from None
+        made["tool_calls"] = [
+            *made["tool_calls"][:i],
+            {"type": "function", **call, "function": {**function, "arguments": arguments or {}}},
+            *made["tool_calls"][i + 1 :],
+        ]
+    return made
+
+
+def _within(spans: list[Span], targets: tuple[Span, ...]) -> list[bool]:
+    """Which tokens are targets: those that begin before a target's end, end behind its start, and not behind its end.
+
+    A token across the start counts (else the first letter were lost), one across the end does not (it belongs to
+    whoever speaks next).
+    """
+    mask, at = [], 0
+    for start, end in spans:
+        while at < len(targets) and start >= targets[at][1]:
+            at += 1
+        mask.append(at < len(targets) and end > targets[at][0] and end <= targets[at][1] and end > start)
+    return mask
+
+
+def _touches(span: Span, others: tuple[Span, ...] | list[Span]) -> bool:
+    return any(span[0] < end and span[1] > start for start, end in others)
+
+
+def _plainly(text: str) -> str:
+    return "".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def _made(ids: list[int], mask: list[bool]) -> EncodedSequence:
+    target = np.asarray(mask, dtype=bool)
+    target[:1] = False
+    return EncodedSequence(np.asarray(ids, dtype=np.int32), target)
+
+
+def _equal(a: EncodedSequence, b: EncodedSequence) -> bool:
+    return np.array_equal(a.tokens, b.tokens) and np.array_equal(a.target, b.target)
+
+
+def _encoded(sample: Sample, made: list[tuple[EncodedSequence, Sequence]], pairs: list[Any]) -> EncodedSample:
+    def column(values: list[float | None]) -> np.ndarray:
+        return np.array([np.nan if value is None else value for value in values], dtype=np.float32)
+
+    sources = [source for _, source in made]
+    values = {"weight": column([s.weight for s in sources])}
+    if any(s.label is not None for s in sources):
+        values["label"] = column([None if s.label is None else float(s.label) for s in sources])
+    for name in sorted({name for s in sources for name in s.scores}):
+        values[f"score/{name}"] = column([s.scores.get(name) for s in sources])
+    return EncodedSample(
+        id=sample.id,
+        source=sample.source,
+        sequences=[encoded for encoded, _ in made],
+        pairs=np.array([(p.chosen, p.rejected) for p in pairs], dtype=np.int32).reshape(-1, 2),
+        sequence_values=values,
+        pair_values={
+            "weight": column([p.weight for p in pairs]),
+            "margin": column([p.margin for p in pairs]),
+            "absolute": column([float(p.absolute) for p in pairs]),
+        },
+    )
