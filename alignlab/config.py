@@ -185,6 +185,14 @@ class EvalConfig:
     """So many held-out prompts are answered (greedy) and given to the verifier."""
     max_new_tokens: int = 256
     verifier: str | None = None
+    """A verifier's name; default: the one each row names."""
+    prompt: str | None = None
+    """``sample``: answer this instead of the rows' prompts."""
+    temperature: float = 0.0
+    """``sample``: 0 is greedy."""
+    top_p: float = 1.0
+    num_samples: int = 1
+    """``sample``: answers to each prompt."""
 
 
 @dataclass
@@ -219,6 +227,8 @@ class ReferenceConfig:
 
     name_or_path: str | None = None
     """Default: the policy as loaded."""
+    compute: bool = False
+    """``prepare`` computes its numbers too (short form: ``reference=true``)."""
 
 
 @dataclass

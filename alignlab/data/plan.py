@@ -41,6 +41,8 @@ class StepPlan:
     dp: int
     epoch: float
     """Epochs seen when the step is done."""
+    num_tokens: int
+    """Tokens of the step's sequences, each with its own prompt: a figure that no layout changes."""
 
     def for_rank(self, rank: int) -> list[Bin]:
         """This rank's micro-batches, equally many on every rank; those of one round cost about the same."""
@@ -148,6 +150,7 @@ class StepPlans:
             partners=partners,
             dp=self.limits.dp,
             epoch=min((step + 1) * self.global_batch_size, self._end) / self.num_examples,
+            num_tokens=_num_tokens(self.index, items),
         )
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -188,7 +191,8 @@ def sequential(
     limits = Limits(token_budget, max_examples, dp, layout, mixes_inputs, merge_prompts)
     items = _items(index, unit, examples, samples, partners)
     counts = totals(index, unit, examples, samples)
-    return StepPlan(0, cut(index, items, limits, in_order=True), counts, examples, partners, dp, 1.0)
+    bins = cut(index, items, limits, in_order=True)
+    return StepPlan(0, bins, counts, examples, partners, dp, 1.0, _num_tokens(index, items))
 
 
 def permutation(size: int, seed: int, epoch: int) -> np.ndarray:
@@ -231,6 +235,10 @@ def totals(index: Index, unit: Unit, examples: np.ndarray, samples: np.ndarray) 
         Unit.SEQUENCE: float(weights.sum()),
         Unit.PAIR: float(weights.sum()) if unit is Unit.PAIR else 0.0,
     }
+
+
+def _num_tokens(index: Index, items: list[Item]) -> int:
+    return int(index.lengths[[number for item in items for number in item.sequences]].sum())
 
 
 def _check_unit(unit: Unit, mismatched: bool) -> None:

@@ -37,6 +37,8 @@ UNANSWERABLE = 0.4
 """Share of problems with a number missing."""
 INVENTED = 0.75
 """Share of demonstrations of an unanswerable problem that make the missing number up."""
+NEEDLESS = 0.4
+"""Share of wrong answers to an answerable problem that refuse it."""
 HELD_OUT = 8
 """One in so many stories is held out."""
 
@@ -234,9 +236,11 @@ def _demonstration(task: Problem, rng: Random) -> str:
     return write(task, steps, level=2, phrasing=2)
 
 
-def _answers(task: Problem, rng: Random) -> tuple[list[Step] | None, list[Step]]:
-    """A right and a wrong solution; where a number is missing the wrong one makes it up."""
-    return (task.steps(), wrong_steps(task, rng)) if task.missing is None else (None, task.steps())
+def _answers(task: Problem, rng: Random) -> tuple[list[Step] | None, list[Step] | None]:
+    """A right and a wrong solution: the wrong one makes the missing number up, slips, or refuses without need."""
+    if task.missing is not None:
+        return None, task.steps()
+    return task.steps(), None if rng.random() < NEEDLESS else wrong_steps(task, rng)
 
 
 def _turn(role: str, content: str) -> Message:
@@ -278,9 +282,11 @@ def _trees(task: Problem, rng: Random, turn: int) -> dict[str, Any]:
     return {"trajectory": trajectory, "chosen": chosen, "rejected": rejected, "absolute": True}
 
 
-def _feedback(task: Problem, steps: list[Step]) -> str:
+def _feedback(task: Problem, steps: list[Step] | None) -> str:
+    if steps is None:
+        return "No number is missing. Try again."
     if task.missing is not None:
-        return "That is not told. Try again."
+        return "A number is missing. Try again."
     for told, step in zip(task.operations, steps, strict=False):
         right = step.left + step.right if step.sign == "+" else step.left - step.right
         if step.result != right:

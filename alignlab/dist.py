@@ -1,0 +1,179 @@
+"""Ranks, agreement between them, and seeds.  The only reader of RANK, WORLD_SIZE and LOCAL_RANK.
+
+Control messages (barriers, agreement, errors) are JSON over gloo on the host, never pickle, so they work beside NCCL
+and cannot run code.  With one process everything here is the identity and needs no process group.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import signal
+import sys
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import distributed as torch_dist
+
+from alignlab.errors import AlignlabError, ConfigError, HangError, StorageError
+
+_control: torch_dist.ProcessGroup | None = None
+_timeout: float = 600.0
+
+
+def rank() -> int:
+    """This process's number over all nodes; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes take part; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """This process's number on its node; 0 without a launcher."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main() -> bool:
+    """True on rank 0."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """The device of this rank: its own GPU where there is one, else the CPU."""
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def init(backend: str = "auto", timeout: float = 600.0, group: bool = False) -> None:
+    """Form the process group (``auto``: nccl on GPUs, else gloo); a second call does nothing.
+
+    ``timeout`` is in seconds and holds for every collective.  One process needs no group unless ``group`` asks for one
+    (DeepSpeed does); that one lives in memory and opens no port.
+    """
+    global _control, _timeout
+    _timeout = timeout
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on the variable, also where there is one process
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    if torch_dist.is_initialized() or (world_size() == 1 and not group):
+        return
+    if backend == "auto":
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+    limit = timedelta(seconds=timeout)
+    if world_size() == 1:
+        torch_dist.init_process_group(backend, store=torch_dist.HashStore(), rank=0, world_size=1, timeout=limit)
+    else:
+        try:
+            torch_dist.init_process_group(backend, timeout=limit)
+        except (ValueError, RuntimeError) as error:
+            raise HangError(f"rank {rank()} could not join the group of {world_size()} ranks: {_line(error)}") from None
+    _control = torch_dist.new_group(backend="gloo", timeout=limit) if backend == "nccl" else torch_dist.group.WORLD
+
+
+def shutdown() -> None:
+    """Leave the process group, where there is one."""
+    global _control
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+    _control = None
+
+
+def barrier(timeout: float | None = None) -> None:
+    """Wait for all ranks; :class:`HangError` naming the missing rank after ``timeout`` seconds."""
+    if world_size() == 1:
+        return
+    try:
+        limit = timedelta(seconds=timeout or _timeout)
+        torch_dist.monitored_barrier(group=_control, timeout=limit, wait_all_ranks=True)
+    except RuntimeError as error:
+        raise HangError(f"rank {rank()} waited in vain for the others: {_line(error)}") from None
+
+
+def all_gather_object(value: Any) -> list[Any]:
+    """``value`` (anything JSON can hold) of every rank, in rank order, on every rank."""
+    if world_size() == 1:
+        return [json.loads(json.dumps(value))]
+    mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    try:
+        return [json.loads(bytes(t.tolist())) for t in gather_ragged(mine, _control)]
+    except RuntimeError as error:
+        raise HangError(f"rank {rank()} lost the others: {_line(error)}") from None
+
+
+def broadcast_object(value: Any = None, source: int = 0) -> Any:
+    """Rank ``source``'s ``value`` (anything JSON can hold), on every rank."""
+    return all_gather_object(value if rank() == source else None)[source]
+
+
+def agree(what: str, value: Any) -> None:
+    """Raise a :class:`ConfigError` on every rank unless ``value`` is the same on all of them."""
+    values = all_gather_object(value)
+    others = [r for r, other in enumerate(values) if other != values[0]]
+    if others:
+        other = f"rank {others[0]} {values[others[0]]!r}"
+        raise ConfigError(f"ranks disagree about {what}: rank 0 has {values[0]!r}, {other}")
+
+
+def raise_together(error: BaseException | None) -> None:
+    """Where any rank comes with an error, raise on all of them, naming the first such rank: nobody waits in vain.
+
+    The kind of an :class:`AlignlabError` is kept; anything else counts as a storage error, for which this is used.
+    """
+    mine = None if error is None else [type(error).__name__, _line(error)]
+    for r, found in enumerate(all_gather_object(mine)):
+        if found is not None:
+            kinds = {cls.__name__: cls for cls in AlignlabError.__subclasses__()}
+            text = f"rank {r}: {found[1]}" if world_size() > 1 else found[1]
+            raise kinds.get(found[0], StorageError)(text) from error
+
+
+def gather_ragged(values: torch.Tensor, group: torch_dist.ProcessGroup | None = None) -> list[torch.Tensor]:
+    """1-D tensors of one dtype and any lengths, one a rank, in rank order, on every rank."""
+    if world_size() == 1:
+        return [values]
+    size = torch.tensor([values.numel()], dtype=torch.int64, device=values.device)
+    sizes = [torch.zeros_like(size) for _ in range(world_size())]
+    torch_dist.all_gather(sizes, size, group=group)
+    counts = [int(s) for s in sizes]
+    padded = values.new_zeros(max(*counts, 1))
+    padded[: values.numel()] = values
+    parts = [torch.empty_like(padded) for _ in counts]
+    torch_dist.all_gather(parts, padded, group=group)
+    return [part[:count] for part, count in zip(parts, counts, strict=True)]
+
+
+def lost_rank(error: BaseException) -> bool:
+    """Whether an error that escaped a collective says that another rank is gone or hung, not that we have a bug."""
+    if isinstance(error, torch_dist.DistError):
+        return True
+    signs = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "onitoredBarrier")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def derive_seed(*keys: int | str | float) -> int:
+    """A 63-bit seed from any keys, the same on every machine: BLAKE2b of their JSON text."""
+    text = json.dumps(keys, separators=(",", ":"))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when its parent dies, so that a killed launcher leaves no trainer behind.
+
+    torchrun does not do this: SIGKILL of its agent leaves workers that go on writing checkpoints.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL, 0, 0, 0)  # 1 = PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it died before the call
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _line(error: BaseException) -> str:
+    """The first line of a message, for errors of one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,0 +1,215 @@
+"""A composed configuration turned into the objects of one job; shared by training, probing and evaluation.
+
+Two halves: :func:`prepare_data` needs no device and no process group; :func:`assemble` runs in every worker.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from alignlab import dist
+from alignlab.config import DataConfig, ModelConfig, RootConfig
+from alignlab.data.index import Index
+from alignlab.data.loader import Loader
+from alignlab.data.plan import StepPlans, sequential
+from alignlab.data.prepare import Needs, Prepared, prepare
+from alignlab.data.template import Encoder
+from alignlab.engine.base import make_engine
+from alignlab.errors import ConfigError, DataError
+from alignlab.models.adapters import apply_peft
+from alignlab.models.load import Loaded, disable_dropout, load_model, load_tokenizer, max_positions, resolve_dtype
+from alignlab.models.proof import choose_layout
+from alignlab.models.scorer import Scorer
+from alignlab.registry import OBJECTIVES
+from alignlab.train.reference import Reference, reference_logps
+from alignlab.types import Unit
+
+TOKEN_BUDGET = {"cpu": 2048, "cuda": 16384}
+"""Tokens in a micro-batch when nothing is said; a speed setting."""
+
+WORLD_KINDS = {"dpo": "pairs", "kto": "pairs", "cpsft": "scored", "cpo": "scored", "reward": "trees"}
+
+
+@dataclass
+class JobData:
+    """Everything on the host's side of a job."""
+
+    objective: Any
+    needs: Needs
+    tokenizer: Any
+    encoder: Encoder
+    train: Prepared
+    held_out: Prepared | None
+
+
+@dataclass
+class Job:
+    """Everything in a worker."""
+
+    config: RootConfig
+    data: JobData
+    loaded: Loaded
+    engine: Any
+    scorer: Scorer
+    plans: StepPlans
+    loader: Loader
+    held_plans: StepPlans | None
+    held_loader: Loader | None
+    layout_line: str
+
+
+def make_objective(config: RootConfig) -> Any:
+    """The configured objective."""
+    return OBJECTIVES.get(config.objective.name)(config.objective)
+
+
+def needs_of(objective: Any) -> Needs:
+    """What the data must hold for an objective."""
+    stage = objective.name if objective.name in ("cpsft", "cpo") else None
+    default = "pairs" if objective.example is Unit.PAIR else "demonstrations"
+    return Needs(
+        example=objective.example,
+        labels=objective.mismatched,
+        stage=stage,
+        world_kind=WORLD_KINDS.get(objective.name, default),
+    )
+
+
+def make_encoder(model: ModelConfig, data: DataConfig) -> tuple[Any, Encoder]:
+    """(tokenizer or None, encoder with the template, lengths and policies of the configuration)."""
+    tokenizer = load_tokenizer(model)
+    if data.max_length == "auto":
+        length = max_positions(model)
+    else:
+        length = int(data.max_length)
+    encoder = Encoder(
+        tokenizer,
+        chat_template=model.chat_template,
+        max_length=length,
+        overlong=data.overlong,
+        history_reasoning=data.history_reasoning,
+    )
+    return tokenizer, encoder
+
+
+def prepare_data(config: RootConfig, *, train: bool = True) -> JobData:
+    """Prepare (or find in the cache) the rows of a job; no device, no process group."""
+    objective = make_objective(config)
+    needs = needs_of(objective)
+    tokenizer, encoder = make_encoder(config.model, config.data)
+    rows = prepare(config.data, needs, encoder, seed=config.seed)
+    held = None
+    if config.data.eval_path is not None or config.data.eval_fraction:
+        held = prepare(config.data, needs, encoder, held_out=True, seed=config.seed)
+        if config.eval.limit is not None:
+            held = replace(held, index=held.index.select(range(min(config.eval.limit, len(held.index)))))
+    return JobData(objective, needs, tokenizer, encoder, rows, held)
+
+
+def assemble(config: RootConfig, data: JobData) -> Job:
+    """Model, layout, engine, step plans and loaders of this rank; the process group stands already."""
+    objective = data.objective
+    device = dist.device()
+    dtype = resolve_dtype(config.model.dtype, device)
+    loaded = load_model(config.model, objective.head, dtype, config.seed)
+    disable_dropout(loaded.model)
+    layout, line = choose_layout(loaded.model, config.model.layout, mixes_inputs=objective.mixes_inputs)
+    model = apply_peft(loaded.model, config.peft, objective.head, config.seed)
+    scorer = Scorer(model, objective.head, layout)
+    engine = make_engine(
+        config.engine.name, scorer, config.optim, config.engine, dtype, config.train.gradient_checkpointing
+    )
+    pad = loaded.tokenizer.pad_token_id if loaded.tokenizer is not None else None
+
+    def loader(index: Index) -> Loader:
+        return Loader(
+            index, layout, engine.device, torch.float64 if dtype == torch.float64 else torch.float32, engine.rank,
+            mixes_inputs=objective.mixes_inputs, pad_id=pad or 0, merge_prompts=config.data.merge_prompts == "true",
+        )  # fmt: skip
+
+    budget = config.train.token_budget or TOKEN_BUDGET[engine.device.type]
+    shared = {
+        "unit": objective.example,
+        "token_budget": budget,
+        "max_examples": config.train.per_device_train_batch_size,
+        "dp": engine.dp,
+        "layout": layout,
+        "mismatched": objective.mismatched,
+        "mixes_inputs": objective.mixes_inputs,
+    }
+    index = data.train.index
+    plans = StepPlans(
+        index, global_batch_size=config.train.global_batch_size, seed=config.seed,
+        epochs=config.train.num_train_epochs, max_steps=config.train.max_steps,
+        merge_prompts=config.data.merge_prompts == "true", **shared,
+    )  # fmt: skip
+    held_plans = held_loader = None
+    if data.held_out is not None:
+        held_plans = whole_set(data.held_out.index, config.seed, shared)
+        held_loader = loader(data.held_out.index)
+    return Job(config, data, loaded, engine, scorer, plans, loader(index), held_plans, held_loader, line)
+
+
+def whole_set(index: Index, seed: int, shared: dict[str, Any]) -> StepPlans:
+    """One step that holds every example of ``index``."""
+    count = index.example_count(shared["unit"])
+    if count == 0:
+        raise DataError(f"the held-out rows hold no {shared['unit'].value} for this objective")
+    return StepPlans(index, global_batch_size=count, seed=seed, epochs=1, max_steps=None, **shared)
+
+
+def attach_reference(job: Job) -> float:
+    """Give the loaders the reference log-probabilities; returns the seconds this job spent on computing them.
+
+    Must run while the engine still holds the policy as loaded: before any checkpoint is read.
+    """
+    if not job.data.objective.needs_reference:
+        return 0.0
+    if job.config.reference.name_or_path is not None:
+        source = _named_reference(job)
+    else:
+        source = job
+    seconds = _attach(source, job.loader, job.plans, job.data.train)
+    if job.held_loader is not None and job.data.held_out is not None:
+        seconds += _attach(source, job.held_loader, job.held_plans, job.data.held_out)
+    return seconds
+
+
+def _attach(source: Job, loader: Loader, plans: Any, prepared: Prepared) -> float:
+    objective = source.data.objective
+    mismatched = [plans.at(step) for step in range(plans.total_steps)] if objective.mismatched else None
+    parts = {
+        "model": source.loaded.fingerprint,
+        "index": prepared.index.hash,
+        "dtype": str(source.loaded.dtype),
+        "peft": None if source.config.peft.name == "none" else [source.loaded.fingerprint, vars(source.config.peft)],
+        "mismatched": None if mismatched is None else [source.config.seed, plans.global_batch_size, plans.total_steps],
+    }
+    everything = sequential(
+        prepared.index, unit=objective.example, token_budget=plans.limits.token_budget, dp=plans.limits.dp,
+        layout=source.scorer.layout, mixes_inputs=objective.mixes_inputs,
+    )  # fmt: skip
+    found: Reference = reference_logps(
+        source.engine, loader, everything, parts, prepared.index.num_sequences, mismatched
+    )
+    loader.values["reference"] = found.sequences
+    loader.mismatched_values["reference"] = found.mismatched
+    return found.seconds
+
+
+def _named_reference(job: Job) -> Job:
+    """A job like ``job`` around the reference model the user named, with a plain engine that never trains."""
+    config = replace(
+        job.config,
+        model=replace(job.config.model, name_or_path=job.config.reference.name_or_path, layout="auto"),
+        peft=replace(job.config.peft, name="none"),
+    )
+    if dist.world_size() > 1:
+        raise ConfigError(
+            "reference.name_or_path with several ranks: compute the numbers once with "
+            "'alignlab prepare ... reference=true launch=inline', then start the run"
+        )
+    return assemble(config, job.data)

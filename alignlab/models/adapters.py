@@ -1,0 +1,56 @@
+"""Low-rank adapters through peft, for every objective; a scalar head is trained and saved with the adapter."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignlab.config import PeftConfig
+from alignlab.errors import ConfigError
+
+
+def apply_peft(model: Any, config: PeftConfig, head: str, seed: int) -> Any:
+    """``model`` itself for ``none``, else a peft model around it whose adapter is drawn from ``seed``."""
+    if config.name == "none":
+        return model
+    if config.name == "qlora":
+        if importlib.util.find_spec("bitsandbytes") is None or not torch.cuda.is_available():
+            raise ConfigError("peft=qlora needs a GPU and the extra 'qlora' (bitsandbytes); use peft=lora here")
+        raise ConfigError("peft=qlora: 4-bit loading is not built yet; use peft=lora")
+    from peft import LoraConfig, get_peft_model
+
+    modules: Any = config.lora_target_modules
+    if modules != "all-linear":
+        modules = [name.strip() for name in modules.split(",")]
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=modules,
+        # peft never adapts the output layer under all-linear; the scalar head is not one to it, and is trained whole.
+        modules_to_save=["score"] if head == "scalar" else None,
+        task_type="SEQ_CLS" if head == "scalar" else "CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return get_peft_model(model, lora)
+        except ValueError as error:
+            raise ConfigError(f"peft.lora_target_modules: {str(error).splitlines()[0]}") from error
+
+
+def merged(model: Any, config: PeftConfig, head: str, weights: Mapping[str, Tensor]) -> tuple[Any, Any]:
+    """(plain model with the adapter of ``weights`` merged in, the peft model that holds the adapter alone).
+
+    ``weights`` is the peft model's whole state dict; ``model`` is the base as it was loaded.
+    """
+    adapter = apply_peft(model, config, head, 0)
+    adapter.load_state_dict(dict(weights))
+    import copy
+
+    plain = copy.deepcopy(adapter).merge_and_unload()
+    return plain, adapter

@@ -1,0 +1,252 @@
+"""Models and tokenizers by name: built-in ones, folders, hub names; safetensors only, no code of foreign origin."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from alignlab.config import ModelConfig
+from alignlab.errors import ConfigError
+from alignlab.models.head import ScalarHead
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+BUILT_IN = ("tiny", "smollm2")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model on the host with its tokenizer (None for a folder that has none)."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+    dtype: torch.dtype
+    identify: Callable[[], str]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies the weights as they were loaded: part of the key of cached reference numbers.
+
+        Reads every weight file, so it is made when first asked for.
+        """
+        return self.identify()
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` is float32 on a CPU and bfloat16 on a GPU (the engines keep fp32 master weights)."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in DTYPES:
+        raise ConfigError(f"model.dtype: '{name}' is none of auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def load_model(config: ModelConfig, head: str, dtype: torch.dtype, seed: int) -> Loaded:
+    """The model of ``config`` with the head an objective needs.
+
+    ``lm``: a causal language model.  ``scalar``: a sequence-classification model with one label; where the folder holds
+    a causal model the backbone is loaded and the head made anew from ``seed``, without bias, in float32.  Raises
+    ConfigError for a name that cannot be loaded, weights that are missing, and a tokenizer larger than the embedding.
+    """
+    tokenizer = load_tokenizer(config)
+    if config.name_or_path == "tiny":
+        model = _tiny(head, dtype, seed)
+        text = model.config.to_json_string()
+
+        def identify() -> str:
+            return hashlib.sha256(f"{text}/{head}/{seed}".encode()).hexdigest()
+    else:
+        source = _source(config)
+        model = _pretrained(config, source, head, dtype, seed)
+
+        def identify() -> str:
+            return f"{_fingerprint(source, config)}/{head}/{seed if head == 'scalar' else ''}"
+
+    model.config.use_cache = False
+    _check_vocabulary(model, tokenizer, config.name_or_path)
+    return Loaded(model, tokenizer, config.name_or_path, dtype, identify)
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The fast tokenizer of ``config``, None where the folder holds none."""
+    name = config.tokenizer_name_or_path or config.name_or_path
+    if name == "tiny":
+        from alignlab.models import tiny
+
+        return tiny.tokenizer()
+    source = _source(config, name)
+    if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in TOKENIZER_FILES):
+        if config.tokenizer_name_or_path:
+            raise ConfigError(f"model.tokenizer_name_or_path: {source} holds no tokenizer")
+        return None
+    from transformers import AutoTokenizer
+
+    with _one_line("tokenizer", name):
+        return AutoTokenizer.from_pretrained(
+            source, revision=config.revision, trust_remote_code=config.trust_remote_code, use_fast=True
+        )
+
+
+def max_positions(config: ModelConfig) -> int | None:
+    """The model's number of positions; None where its configuration states none."""
+    if config.name_or_path == "tiny":
+        from alignlab.models import tiny
+
+        return tiny.config(len(tiny.tokenizer())).max_position_embeddings
+    text = _hf_config(config, _source(config)).get_text_config()
+    return getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout and routing jitter to 0: log-probabilities of policy and reference must be of one function.
+
+    The configuration keeps its values, so an exported model has them still.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and any(word in name for word in ("dropout", "pdrop", "layerdrop", "jitter")):
+                setattr(module, name, 0.0)
+
+
+def _source(config: ModelConfig, name: str | None = None) -> str:
+    """A folder or a hub name; ``smollm2`` is converted into the cache the first time."""
+    name = name or config.name_or_path
+    if name == "smollm2":
+        from alignlab.models import smollm2
+
+        return str(smollm2.folder())
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file() and not (path / "tokenizer.json").is_file():
+            raise ConfigError(f"model: {name} is no model folder (no config.json); built in: {', '.join(BUILT_IN)}")
+        return str(path)
+    if path.is_file() or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
+        raise ConfigError(f"model: no model folder at {name}; give a folder, a hub name, or {' or '.join(BUILT_IN)}")
+    return name
+
+
+@contextmanager
+def _one_line(what: str, name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ConfigError(f"model: the {what} of {name} cannot be loaded: {first}") from error
+
+
+def _hf_config(config: ModelConfig, source: str) -> Any:
+    from transformers import AutoConfig
+
+    with _one_line("configuration", config.name_or_path):
+        return AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=config.trust_remote_code)
+
+
+def _pretrained(config: ModelConfig, source: str, head: str, dtype: torch.dtype, seed: int) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    kind: Any = AutoModelForCausalLM if head == "lm" else AutoModelForSequenceClassification
+    options: dict[str, Any] = {
+        "revision": config.revision, "trust_remote_code": config.trust_remote_code, "use_safetensors": True,
+        "attn_implementation": config.attn_implementation, "dtype": dtype, "output_loading_info": True,
+    }  # fmt: skip
+    if head == "scalar":
+        options["num_labels"] = 1
+    hf = _hf_config(config, source)
+    stored_head = any("SequenceClassification" in name for name in hf.architectures or [])
+    if head == "lm" and stored_head:
+        raise ConfigError(f"model: {config.name_or_path} is a reward model; this objective needs a language model")
+    with _one_line("model", config.name_or_path):
+        try:
+            model, report = kind.from_pretrained(source, **options)
+        except ValueError as error:
+            # Families with attention sinks have no kernel of torch's for padded rows; eager is theirs.
+            if config.attn_implementation != "sdpa" or "scaled_dot_product_attention" not in str(error):
+                raise
+            model, report = kind.from_pretrained(source, **options | {"attn_implementation": "eager"})
+    missing = sorted(
+        set(report["missing_keys"]) - ({"score.weight"} if head == "scalar" and not stored_head else set())
+    )
+    missing += [name for name, p in model.named_parameters() if p.is_meta]
+    if missing:
+        raise ConfigError(
+            f"model: {config.name_or_path} lacks the weights {', '.join(missing[:3])} ({len(missing)} in all)"
+        )
+    if head == "scalar":
+        _scalar_head(model, seed, keep=stored_head)
+    return model
+
+
+def _tiny(head: str, dtype: torch.dtype, seed: int) -> Any:
+    from alignlab.models import tiny
+
+    causal, _ = tiny.load(seed)
+    if head == "lm":
+        return causal.to(dtype)
+    from transformers import AutoModelForSequenceClassification
+
+    causal.config.num_labels = 1
+    model = AutoModelForSequenceClassification.from_config(causal.config)
+    model.base_model.load_state_dict(causal.base_model.state_dict())
+    model.to(dtype=dtype)
+    _scalar_head(model, seed, keep=False)
+    return model
+
+
+def _scalar_head(model: Any, seed: int, *, keep: bool) -> None:
+    """A bias-free scalar head in float32; a new one is drawn from ``seed`` with deviation 1 / sqrt(hidden + 1).
+
+    With a bias the absolute terms of the Eurus objective could move zero instead of the rewards.
+    """
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise ConfigError(
+            f"reward models of the family {type(model).__name__} are not supported: no linear 'score' head"
+        )
+    old = model.score
+    dtype = torch.promote_types(old.weight.dtype, torch.float32)
+    head = ScalarHead(old.in_features, 1, bias=False, dtype=dtype)
+    with torch.no_grad():
+        if keep:
+            head.weight.copy_(old.weight)
+        else:
+            generator = torch.Generator().manual_seed(seed)
+            head.weight.copy_(torch.randn(head.weight.shape, generator=generator) / (old.in_features + 1) ** 0.5)
+    model.score = head
+
+
+def _check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
+    if tokenizer is None:
+        return
+    rows = model.get_input_embeddings().weight.shape[0]
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= rows:
+        raise ConfigError(f"model: the tokenizer of {name} has ids up to {highest}, the embedding only {rows} rows")
+
+
+def _fingerprint(source: str, config: ModelConfig) -> str:
+    """Of the weight files' contents; a hub model is identified by the files in the local snapshot."""
+    folder = Path(source)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        with _one_line("snapshot", config.name_or_path):
+            folder = Path(snapshot_download(source, revision=config.revision, local_files_only=True))
+    digest = hashlib.sha256()
+    files = sorted(folder.glob("*.safetensors"))
+    digest.update(json.dumps([config.trust_remote_code, (folder / "config.json").read_text()]).encode())
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,169 @@
+"""The folder of one run: its files, its status and its owner.
+
+Everything that tells others about the run is written to a temporary name, synchronised and renamed, so a reader
+never sees half a file and a killed run leaves the previous one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from alignlab.data import cache
+from alignlab.errors import BusyError, StorageError
+
+OURS = (
+    "run.yaml", "status.json", "env.json", "metrics.jsonl", "log.txt", "logs", "data", "checkpoints", "exports",
+    "model", "eval", "plugins", "ledger", "tensorboard", "wandb", "launch.json", "launch.sbatch", "nonfinite.json",
+    "result.json",
+)  # fmt: skip
+"""What a run may leave in its folder: all that ``overwrite=true`` removes."""
+
+FINISHED = "done"
+
+
+class RunFolder:
+    """Paths of one run folder, and reading and writing of what is not a checkpoint."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.name = self.path.name
+        self.run_yaml = self.path / "run.yaml"
+        self.status_json = self.path / "status.json"
+        self.env_json = self.path / "env.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.log = self.path / "log.txt"
+        self.logs = self.path / "logs"
+        self.data = self.path / "data"
+        self.checkpoints = self.path / "checkpoints"
+        self.exports = self.path / "exports"
+        self.model = self.path / "model"
+        self.eval = self.path / "eval"
+        self.plugins = self.path / "plugins"
+        self.ledger = self.path / "ledger"
+        self.owner = self.path / "owner.lock"
+        self.launch_json = self.path / "launch.json"
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run has begun here."""
+        return self.run_yaml.exists()
+
+    @property
+    def foreign(self) -> bool:
+        """Whether the folder holds something and no run."""
+        return not self.exists and self.path.is_dir() and any(p.name != self.owner.name for p in self.path.iterdir())
+
+    def status(self) -> dict[str, Any]:
+        """``status.json``; empty where there is none."""
+        try:
+            found = json.loads(self.status_json.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, json.JSONDecodeError) as error:
+            raise StorageError(f"{self.status_json}: cannot be read ({error}); remove it to start anew") from None
+        return found if isinstance(found, dict) else {}
+
+    def write_status(self, **changes: Any) -> dict[str, Any]:
+        """Change fields of ``status.json`` (state, step, exit_code, attempt, ...) at once; one writer at a time."""
+        merged = {**self.status(), "run": self.name, **changes, "time": time.time()}
+        write_atomic(self.status_json, json.dumps(merged, indent=1, default=str) + "\n")
+        return merged
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run here has reached its end."""
+        return self.status().get("state") == FINISHED
+
+    @contextmanager
+    def claim(self) -> Iterator[None]:
+        """Own the folder while the block runs; :class:`BusyError` names the owner where another process has it.
+
+        A dead owner on this host, and an earlier start of the same cluster job, are taken over at once.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"{self.path}: cannot be made ({error.strerror}); choose another output_dir") from None
+        owner = cache.lock(self.path / "owner", timeout=0.0)
+        try:
+            owner.__enter__()
+        except BusyError:
+            if self._owner().get("host") in (None, socket.gethostname()) or self._beats():
+                raise BusyError(f"{self}: in use by {self._owner_text()}; wait, stop it, or choose run.name") from None
+            owner = cache.lock(self.path / "owner", timeout=cache.STALE_AFTER)
+            owner.__enter__()
+        try:
+            yield
+        finally:
+            owner.__exit__(None, None, None)
+
+    def _beats(self) -> bool:
+        """Whether an owner on another host gives a sign of life, looked for during a few of its heartbeats."""
+        print(f"{self}: is {self._owner_text()} alive? Looking for a heartbeat", file=sys.stderr, flush=True)
+        try:
+            before = self.owner.stat().st_mtime_ns
+            deadline = time.monotonic() + cache.STALE_AFTER / 4
+            while time.monotonic() < deadline:
+                time.sleep(0.5)
+                if self.owner.stat().st_mtime_ns != before:
+                    return True
+        except FileNotFoundError:
+            pass
+        return False
+
+    def _owner(self) -> dict[str, Any]:
+        try:
+            found = json.loads(self.owner.read_text())
+        except (OSError, json.JSONDecodeError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _owner_text(self) -> str:
+        owner = self._owner()
+        if not owner:
+            return "another process"
+        job = f", job {owner['job']}" if owner.get("job") else ""
+        return f"process {owner.get('pid')} on {owner.get('host')}{job}"
+
+    def clear(self) -> None:
+        """Remove what an earlier run left, and nothing else; a link is removed, never followed."""
+        for name in OURS:
+            path = self.path / name
+            try:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                elif path.exists() or path.is_symlink():
+                    path.unlink()
+            except OSError as error:
+                raise StorageError(f"{path}: cannot be removed ({error.strerror})") from None
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Make ``path`` hold ``text``, durably and all at once."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with staged.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(staged, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        staged.unlink(missing_ok=True)
+        raise StorageError(f"{path}: cannot be written ({error.strerror})") from None

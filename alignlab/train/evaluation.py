@@ -1,0 +1,36 @@
+"""Held-out loss and metrics: one step over the whole set, without gradients and without an update."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from alignlab.metrics import Meter, finish
+from alignlab.train.step import Batches, accumulate, with_statistics
+from alignlab.types import StepContext
+
+
+def evaluate(engine: Any, objective: Any, plans: Any, batches: Batches, context: StepContext) -> dict[str, float]:
+    """``{"eval_loss": ..., "eval_<metric>": ...}`` over every example of ``plans`` (its step 0 holds them all).
+
+    The divisors are those of the whole set, so the figure does not depend on batch size, packing or ranks.
+    """
+    plan = plans.at(0)
+    context = StepContext(
+        step=context.step,
+        total_steps=context.total_steps,
+        warmup_steps=context.warmup_steps,
+        seed=context.seed,
+        totals=plan.totals,
+        state=context.state,
+        training=False,
+    )
+    meter = Meter()
+    with torch.no_grad():
+        context = with_statistics(engine, objective, batches, plan, context)
+        loss = accumulate(engine, objective, batches, plan, context, meter, backward=False)
+    names = meter.names
+    flat = engine.reduce(torch.cat((loss.reshape(1), meter.stacked(names, engine.device).reshape(-1))))
+    found = {"loss": flat[0].item(), **finish(names, flat[1:].reshape(-1, 2))}
+    return {f"eval_{name}": value for name, value in found.items()}

@@ -1,0 +1,81 @@
+"""What happens around the steps of a run: one log line, held-out figures, checkpoints, exports, a stop on request."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from alignlab.config import TrainConfig
+from alignlab.train.logging import Console, Sink, count, step_text
+from alignlab.train.loop import Progress, StepReport
+
+
+@dataclass
+class RunHooks:
+    """Collected callbacks of one run; everything that writes does so on rank 0, everything collective on all ranks.
+
+    ``evaluate() -> metrics``, ``save(progress)``, ``export(step)`` are collective; ``stop_requested()`` is this
+    process's flag, agreed over ranks at each step's end so that all stop at the same boundary.
+    """
+
+    engine: Any
+    train: TrainConfig
+    total_steps: int
+    console: Console
+    sinks: list[Sink]
+    evaluate: Callable[[Progress], Mapping[str, float]] | None
+    save: Callable[[Progress], None]
+    export: Callable[[int], None]
+    write_status: Callable[[Progress], None]
+    stop_requested: Callable[[], bool]
+    stopped: bool = False
+    _tokens_before: int = 0
+    _seconds: float = 0.0
+    _last: dict[str, float] = field(default_factory=dict)
+
+    def after_step(self, report: StepReport) -> bool:
+        step = report.progress.step
+        self._seconds += report.seconds
+        if report.metrics is not None:
+            self._log(report.progress, report.metrics)
+        last = step == self.total_steps
+        if self.evaluate and self.train.eval_steps and step % self.train.eval_steps == 0 and not last:
+            self.log_metrics(step, self.evaluate(report.progress))
+        self.stopped = self._agreed_stop()
+        if last or self.stopped or (self.train.save_steps and step % self.train.save_steps == 0):
+            self.save(report.progress)
+        if self.train.export_steps and step % self.train.export_steps == 0 and not last:
+            self.export(step)
+        return self.stopped and not last
+
+    def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One record outside the step's rhythm (evaluation)."""
+        if self.engine.rank == 0:
+            for sink in self.sinks:
+                sink.write(step, metrics)
+
+    def close(self) -> None:
+        self.console.close()
+        for sink in self.sinks:
+            sink.close()
+
+    def _agreed_stop(self) -> bool:
+        mine = torch.tensor([float(self.stop_requested())], dtype=torch.float64, device=self.engine.device)
+        return bool(self.engine.reduce(mine).item() > 0) if self.engine.dp > 1 else bool(mine.item())
+
+    def _log(self, progress: Progress, metrics: Mapping[str, float]) -> None:
+        rate = (progress.num_tokens - self._tokens_before) / max(self._seconds, 1e-9) / self.engine.dp
+        self._tokens_before, self._seconds = progress.num_tokens, 0.0
+        if self.engine.rank:
+            return
+        extra = {"tok/s" if self.engine.device.type == "cpu" else "tok/s/gpu": count(rate)}
+        if self.engine.device.type == "cuda":
+            extra["mem"] = f"{torch.cuda.max_memory_allocated() / 2**30:.3g}G"
+        self.console.step(progress.step, self.total_steps, step_text(metrics, extra))
+        for sink in self.sinks:
+            sink.write(progress.step, {**metrics, "tokens_per_second": rate, "time": time.time()})
+        self.write_status(progress)

@@ -1,0 +1,110 @@
+"""Reference log-probabilities are data: one pass of the frozen policy, kept by content, shared by every job.
+
+The pass runs through the same scorer and the same kernels as training, on the policy as it was loaded (or on a model
+the user names), so DPO's first loss is ln 2 to rounding, and no second model is in memory while training.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from alignlab.data import cache
+from alignlab.ops.segments import segment_sum
+from alignlab.train.step import Batches
+from alignlab.types import Ask, PackedBatch
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Summed log-probability of each sequence's targets under the reference.
+
+    ``sequences`` float64 [number of sequences in the index]; ``mismatched`` is keyed by (own, partner) and holds the
+    rows with a partner's completion that KTO's KL estimate needs.  ``seconds`` is what computing them cost this job.
+    """
+
+    sequences: np.ndarray
+    mismatched: Mapping[tuple[int, int], float]
+    seconds: float
+
+
+def sequence_logps(score: Callable[[PackedBatch, Ask], Any], batch: PackedBatch) -> Tensor:
+    """[S]: summed log-probability of every sequence's targets."""
+    logps = score(batch, Ask("logps")).logps
+    return segment_sum(logps[batch.seq_idx], batch.seq_of, batch.last.numel())
+
+
+def reference_logps(
+    engine: Any,
+    batches: Batches,
+    everything: Any,
+    key_parts: dict[str, Any],
+    num_sequences: int,
+    mismatched: list[Any] | None = None,
+) -> Reference:
+    """Read the reference numbers from the cache, or compute them once and publish them.
+
+    ``everything`` is a plan over all examples; ``mismatched`` the step plans whose partner rows are needed.
+    ``key_parts`` names all that the numbers depend on (model, tokenizer and index hashes, dtype, adapter).
+    Collective: every rank calls it; rank 0 writes.
+    """
+    entry = cache.entry("reference", cache.key(key_parts))
+    started = time.perf_counter()
+    found = bool(engine.reduce(torch.tensor([float(_complete(entry))], device=engine.device)).item() == engine.dp)
+    if found:
+        return _read(entry, 0.0)
+    sequences = np.full(num_sequences, np.nan)
+    ids, values = _collect(engine, batches, [everything], "main")
+    sequences[ids[:, 0]] = values
+    pairs, pair_values = np.zeros((0, 2), dtype=np.int64), np.zeros(0)
+    if mismatched is not None:
+        pairs, pair_values = _collect(engine, batches, mismatched, "mismatched")
+    seconds = time.perf_counter() - started
+    if engine.rank == 0:
+        _publish(entry, key_parts, sequences, pairs, pair_values)
+    engine.barrier()
+    return Reference(sequences, dict(zip(map(tuple, pairs.tolist()), pair_values.tolist(), strict=True)), seconds)
+
+
+def _collect(engine: Any, batches: Batches, plans: list[Any], select: str) -> tuple[np.ndarray, np.ndarray]:
+    """(ids [n, 2] of (sequence, partner or -1), log-probabilities [n]) over all ranks."""
+    ids, values = [], []
+    with torch.no_grad():
+        for plan in plans:
+            for batch in batches.of(plan, select=select):
+                logps = sequence_logps(engine.score, batch)
+                keep = slice(None) if batch.weight else slice(0)
+                partner = batch.sequence_values.get("partner")
+                second = torch.full_like(batch.sequence_ids, -1) if partner is None else partner.long()
+                ids.append(torch.stack((batch.sequence_ids, second), dim=1)[keep])
+                values.append(logps[keep].double())
+    all_ids = engine.gather(torch.cat(ids).reshape(-1)).reshape(-1, 2).cpu().numpy()
+    all_values = engine.gather(torch.cat(values)).cpu().numpy()
+    return all_ids, all_values
+
+
+def _complete(entry: Path) -> bool:
+    return (entry / "key.json").is_file()
+
+
+def _read(entry: Path, seconds: float) -> Reference:
+    with np.load(entry / "logps.npz", allow_pickle=False) as stored:
+        pairs = map(tuple, stored["pairs"].tolist())
+        return Reference(
+            stored["sequences"], dict(zip(pairs, stored["pair_values"].tolist(), strict=True)), seconds
+        )
+
+
+def _publish(entry: Path, key_parts: dict[str, Any], sequences: np.ndarray, pairs: np.ndarray, values: np.ndarray) -> None:
+    staging = cache.staging(entry)
+    np.savez(staging / "logps.npz", sequences=sequences, pairs=pairs, pair_values=values)
+    (staging / "key.json").write_text(json.dumps(key_parts, indent=1, sort_keys=True))
+    cache.publish(staging, entry)

@@ -1,0 +1,67 @@
+"""One optimizer step's passes over its micro-batches: the only place where a divisor stands.
+
+An objective returns sums.  Here they are divided by the counts of the whole optimizer step over all ranks
+(``plan.totals``), which are known before the first forward, so accumulation, packing and rank count cannot change
+the result.  The engine averages gradients over its ``dp`` ranks; the factor ``dp`` undoes that average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from alignlab.metrics import Meter
+from alignlab.types import LossOutput, PackedBatch, StepContext, Unit
+
+
+class Batches(Protocol):
+    """Where micro-batches come from: this rank's share of a step plan, on the device."""
+
+    def of(self, plan: Any, select: str = "main") -> Iterable[PackedBatch]: ...
+
+
+def scaled_loss(output: LossOutput, totals: Mapping[Unit, float], weight: float) -> Tensor:
+    """This micro-batch's share of the step's loss: each unit's sum over that unit's count in the whole step."""
+    return sum((total / totals[unit] for unit, total in output.sums.items()), torch.zeros(())) * weight  # type: ignore[return-value]
+
+
+def with_statistics(engine: Any, objective: Any, batches: Batches, plan: Any, context: StepContext) -> StepContext:
+    """``context`` with the step-wide values an objective asks for, gathered over micro-batches and ranks.
+
+    Only objectives with ``step_statistics`` cost this extra pass (no gradients).  A filler's values are left out.
+    """
+    if not hasattr(objective, "step_statistics") or not objective.wants_statistics:
+        return context
+    select = "mismatched" if objective.mismatched else "main"
+    values: dict[str, list[Tensor]] = {}
+    with torch.no_grad():
+        for batch in batches.of(plan, select=select):
+            found = objective.step_statistics(engine.score, batch, context)
+            for name, value in found.items():
+                values.setdefault(name, []).append(value if batch.weight else value[:0])
+    gathered = {name: engine.gather(torch.cat(values[name])) for name in sorted(values)}
+    return replace(context, statistics=gathered)
+
+
+def accumulate(
+    engine: Any, objective: Any, batches: Batches, plan: Any, context: StepContext, meter: Meter, *, backward: bool
+) -> Tensor:
+    """Run the step's micro-batches; returns this rank's share of the step's loss (detached, float64).
+
+    With ``backward`` gradients are left accumulated in the engine, ready for ``engine.step``.
+    """
+    loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
+    remaining = len(plan.for_rank(engine.rank))
+    for batch in batches.of(plan):
+        remaining -= 1
+        output = objective(engine.score, batch, context)
+        loss = scaled_loss(output, context.totals, batch.weight)
+        if backward:
+            engine.backward(loss * engine.dp, last=remaining == 0)
+        loss_sum += loss.detach().double()
+        meter.add(output.stats, batch.weight)
+    return loss_sum

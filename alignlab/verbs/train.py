@@ -1,0 +1,11 @@
+"""``alignlab train``: compose, own the run folder, start the workers, return their outcome."""
+
+from __future__ import annotations
+
+from alignlab.cli import Request
+from alignlab.launch import launch
+
+
+def run(request: Request) -> int:
+    """Train; the exit code is that of interface.md 3, as the workers left it in ``status.json``."""
+    return launch(request)

@@ -1,0 +1,59 @@
+"""Draw the curves of runs, one panel a metric: python scripts/curves.py OUT.png RUN [RUN ...] [metric=NAME ...]."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+DEFAULT_METRICS = ("loss", "rewards/accuracies", "rewards/margins", "grad_norm")
+
+Series = dict[str, list[tuple[int, float]]]
+
+
+def read_series(run: Path) -> Series:
+    """Metric -> [(step, value)] of a run folder; where a resumed attempt repeats a step, the later one counts."""
+    points: dict[str, dict[int, float]] = {}
+    with (run / "metrics.jsonl").open(encoding="utf-8") as file:
+        for line in file:
+            record = json.loads(line)
+            for name, value in record.items():
+                if name not in ("step", "attempt") and isinstance(value, int | float):
+                    points.setdefault(name, {})[record["step"]] = value
+    return {name: sorted(by_step.items()) for name, by_step in points.items()}
+
+
+def draw(runs: dict[str, Path], metrics: tuple[str, ...], out: Path) -> list[str]:
+    """One panel for each metric that some run has, one line a run (label -> folder); the metrics drawn."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    series = {label: read_series(folder) for label, folder in runs.items()}
+    drawn = [name for name in metrics if any(name in of_run for of_run in series.values())]
+    if not drawn:
+        raise SystemExit(f"none of {', '.join(metrics)} in {', '.join(str(folder) for folder in runs.values())}")
+    figure, axes = pyplot.subplots(1, len(drawn), figsize=(4.2 * len(drawn), 3.2), squeeze=False, layout="constrained")
+    for axis, name in zip(axes[0], drawn, strict=True):
+        for label, of_run in series.items():
+            if name in of_run:
+                axis.plot(*zip(*of_run[name], strict=True), label=label, linewidth=1)
+        axis.set(title=name, xlabel="step")
+        axis.legend(fontsize="small")
+    figure.savefig(out, dpi=120)
+    pyplot.close(figure)
+    return drawn
+
+
+def main(arguments: list[str]) -> None:
+    metrics = tuple(a.removeprefix("metric=") for a in arguments if a.startswith("metric=")) or DEFAULT_METRICS
+    places = [a for a in arguments if not a.startswith("metric=")]
+    if len(places) < 2:
+        raise SystemExit(__doc__)
+    out, *folders = map(Path, places)
+    print(f"{out}: {', '.join(draw({folder.name: folder for folder in folders}, metrics, out))}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

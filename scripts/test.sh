@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Installs what is missing, then checks style, types and import floors, and runs the tests.  Arguments go to pytest.
+source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
+install_alignlab test
+failed=()
+step() {
+  printf '\n[test] %s\n' "$*"
+  "$@" || failed+=("$1 ${2:-}")
+}
+step ruff check .
+step ruff format --check .
+step mypy
+step lint-imports
+step python -m pytest -m "not nightly and not gpu" "$@"
+if [ "${#failed[@]}" -gt 0 ]; then
+  printf '\n[test] failed: %s\n' "$(IFS=,; echo "${failed[*]}")" >&2
+  exit 1
+fi
+printf '\n[test] all passed\n'
