@@ -128,6 +128,7 @@ def assemble(config: RootConfig, data: JobData) -> Job:
         return Loader(
             index, layout, engine.device, torch.float64 if dtype == torch.float64 else torch.float32, engine.rank,
             mixes_inputs=objective.mixes_inputs, pad_id=pad or 0, merge_prompts=config.data.merge_prompts == "true",
+            max_length=data.encoder.max_length,
         )  # fmt: skip
 
     budget = config.train.token_budget or TOKEN_BUDGET[engine.device.type]
@@ -168,8 +169,9 @@ def attach_reference(job: Job) -> float:
     """
     if not job.data.objective.needs_reference:
         return 0.0
-    if job.config.reference.name_or_path is not None:
-        source = _named_reference(job)
+    name = job.config.reference.name_or_path
+    if name is not None:
+        source = _named_reference(job, name)
     else:
         source = job
     seconds = _attach(source, job.loader, job.plans, job.data.train)
@@ -200,11 +202,11 @@ def _attach(source: Job, loader: Loader, plans: Any, prepared: Prepared) -> floa
     return found.seconds
 
 
-def _named_reference(job: Job) -> Job:
+def _named_reference(job: Job, name: str) -> Job:
     """A job like ``job`` around the reference model the user named, with a plain engine that never trains."""
     config = replace(
         job.config,
-        model=replace(job.config.model, name_or_path=job.config.reference.name_or_path, layout="auto"),
+        model=replace(job.config.model, name_or_path=name, layout="auto"),
         peft=replace(job.config.peft, name="none"),
     )
     if dist.world_size() > 1:

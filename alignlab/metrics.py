@@ -45,6 +45,4 @@ class Meter:
 
 def finish(names: list[str], sums: Tensor) -> dict[str, float]:
     """``{name: total / weight}`` of a reduced ``stacked`` tensor; names without weight are left out."""
-    return {
-        name: total / weight for name, (total, weight) in zip(names, sums.tolist(), strict=True) if weight != 0
-    }
+    return {name: total / weight for name, (total, weight) in zip(names, sums.tolist(), strict=True) if weight != 0}

@@ -82,11 +82,11 @@ def answers(
     """Generate for every prompt and measure each text with the verifier its row (or ``verifier``) names."""
     ids = (encoder.render_prompt(p.messages, p.tools) for p in prompts)
     made = generate(
-        model, tokenizer, ids, stop_ids=encoder.stop_ids, batch_size=batch_size, max_new_tokens=max_new_tokens, temperature=temperature,
-        top_p=top_p, num_samples=num_samples, seed=seed,
+        model, tokenizer, ids, stop_ids=encoder.stop_ids, batch_size=batch_size, max_new_tokens=max_new_tokens,
+        temperature=temperature, top_p=top_p, num_samples=num_samples, seed=seed,
     )  # fmt: skip
     for prompt, texts in zip(prompts, made, strict=True):
-        name = verifier or prompt.verify.get("verifier")
+        name = verifier or prompt.verify.get("kind")
         measures = [VERIFIERS.get(name)(prompt.verify, text) if name else {} for text in texts]
         yield Answer(prompt, texts, measures)
 
@@ -148,9 +148,14 @@ def verified(
     prompts = list(prompts_of(data, needs, held_out=True, limit=config.generate))
     found = list(
         answers(
-            model, tokenizer, encoder, prompts, batch_size=config.batch_size, max_new_tokens=config.max_new_tokens,
+            model,
+            tokenizer,
+            encoder,
+            prompts,
+            batch_size=config.batch_size,
+            max_new_tokens=config.max_new_tokens,
             verifier=config.verifier,
-        )  # fmt: skip
+        )
     )
     return summary(found), found
 

@@ -23,7 +23,7 @@ from alignlab.checks import redact
 from alignlab.compose import load_frozen
 from alignlab.config import RootConfig
 from alignlab.engine import checkpoint
-from alignlab.errors import AlignlabError, ConfigError, OutOfMemoryError, Preempted
+from alignlab.errors import AlignlabError, ConfigError, HangError, OutOfMemoryError, Preempted
 from alignlab.export import export_model
 from alignlab.job import Job, JobData, assemble, attach_reference, prepare_data
 from alignlab.launch import captured_output, die_with_parent
@@ -361,6 +361,8 @@ def _failed(folder: RunFolder, error: Exception) -> int:
 
     if isinstance(error, torch.OutOfMemoryError):
         error = OutOfMemoryError(f"rank {dist.rank()}: {str(error).splitlines()[0]}; lower train.token_budget")
+    elif dist.lost_rank(error):
+        error = HangError(f"rank {dist.rank()}: another rank is gone or did not answer: {str(error).splitlines()[0]}")
     ours = isinstance(error, AlignlabError)
     code = error.exit_code if isinstance(error, AlignlabError) else 70
     text = str(error) if ours else f"internal error: {type(error).__name__}: {' '.join(str(error).split())[:200]}"

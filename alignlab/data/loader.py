@@ -23,14 +23,14 @@ class Loader:
 
     def __init__(
         self, index: Index, layout: str, device: torch.device, dtype: torch.dtype, rank: int, *,
-        mixes_inputs: bool = False, pad_id: int = 0, merge_prompts: bool = False,
+        mixes_inputs: bool = False, pad_id: int = 0, merge_prompts: bool = False, max_length: int | None = None,
     ) -> None:  # fmt: skip
         self.index, self.device, self.rank = index, device, rank
         self.values: dict[str, np.ndarray] = {}
         self.mismatched_values: dict[str, Mapping[tuple[int, int], float]] = {}
         self._pack = partial(
             pack, index, layout=layout, mixes_inputs=mixes_inputs, pad_id=pad_id, dtype=dtype,
-            merge_prompts=merge_prompts,
+            merge_prompts=merge_prompts, max_length=max_length,
         )  # fmt: skip
 
     def of(self, plan: Any, select: str = "main") -> Iterator[PackedBatch]:

@@ -133,9 +133,7 @@ def rows_of(
         counts = {False: int(options.pop("rows", 2000)), True: int(options.pop("eval_rows", 200))}
         made = world.rows(needs.world_kind, counts[held_out], split="test" if held_out else "train", **options)
         return (Row("sums", number, value) for number, value in enumerate(made, 1))
-    return read_rows(
-        source.path, columns=source.columns, split=source.split, limit=data.limit, on_error=on_error
-    )
+    return read_rows(source.path, columns=source.columns, split=source.split, limit=data.limit, on_error=on_error)
 
 
 def sample_of(row: Row, source: SourceConfig) -> Sample:
@@ -224,8 +222,8 @@ class _Builder:
         allowed = self.data.max_reject_fraction * self.manifest.read
         if malformed > allowed:
             raise DataError(
-                f"{source.path}: {malformed} rows are malformed, data.max_reject_fraction={self.data.max_reject_fraction}"
-                f" allows {int(allowed)}"
+                f"{source.path}: {malformed} rows are malformed, "
+                f"data.max_reject_fraction={self.data.max_reject_fraction} allows {int(allowed)}"
             )
 
     def _adapted(self, sample: Sample, source: SourceConfig) -> Sample:

@@ -35,7 +35,7 @@ SLIP = 0.05
 """Share of demonstrations with a mistake in the working."""
 UNANSWERABLE = 0.4
 """Share of problems with a number missing."""
-INVENTED = 0.75
+INVENTED = 0.65
 """Share of demonstrations of an unanswerable problem that make the missing number up."""
 NEEDLESS = 0.4
 """Share of wrong answers to an answerable problem that refuse it."""

@@ -26,6 +26,7 @@ def apply_peft(model: Any, config: PeftConfig, head: str, seed: int) -> Any:
     modules: Any = config.lora_target_modules
     if modules != "all-linear":
         modules = [name.strip() for name in modules.split(",")]
+        _refuse_output_layer(model, modules)
     lora = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
@@ -41,6 +42,14 @@ def apply_peft(model: Any, config: PeftConfig, head: str, seed: int) -> Any:
             return get_peft_model(model, lora)
         except ValueError as error:
             raise ConfigError(f"peft.lora_target_modules: {str(error).splitlines()[0]}") from error
+
+
+def _refuse_output_layer(model: Any, names: list[str]) -> None:
+    """The output layer is computed in chunks by the scorer, which does not know of an adapter on it."""
+    head = model.get_output_embeddings()
+    for path, module in model.named_modules():
+        if module is head and path.split(".")[-1] in names:
+            raise ConfigError(f"peft.lora_target_modules: {path} is the output layer and cannot be adapted")
 
 
 def merged(model: Any, config: PeftConfig, head: str, weights: Mapping[str, Tensor]) -> tuple[Any, Any]:

@@ -192,15 +192,17 @@ def _tiny(head: str, dtype: torch.dtype, seed: int) -> Any:
     from alignlab.models import tiny
 
     causal, _ = tiny.load(seed)
-    if head == "lm":
-        return causal.to(dtype)
-    from transformers import AutoModelForSequenceClassification
+    model: Any = causal
+    if head == "scalar":
+        from transformers import AutoModelForSequenceClassification
 
-    causal.config.num_labels = 1
-    model = AutoModelForSequenceClassification.from_config(causal.config)
-    model.base_model.load_state_dict(causal.base_model.state_dict())
-    model.to(dtype=dtype)
-    _scalar_head(model, seed, keep=False)
+        causal.config.num_labels = 1
+        with torch.random.fork_rng(devices=[]):
+            model = AutoModelForSequenceClassification.from_config(causal.config)
+        model.base_model.load_state_dict(causal.base_model.state_dict())
+        _scalar_head(model, seed, keep=False)
+    for parameter in model.parameters():  # buffers keep their dtype: rotary frequencies in bfloat16 are other positions
+        parameter.data = parameter.data.to(dtype)
     return model
 
 
@@ -215,7 +217,7 @@ def _scalar_head(model: Any, seed: int, *, keep: bool) -> None:
         )
     old = model.score
     dtype = torch.promote_types(old.weight.dtype, torch.float32)
-    head = ScalarHead(old.in_features, 1, bias=False, dtype=dtype)
+    head = nn.utils.skip_init(ScalarHead, old.in_features, 1, bias=False, dtype=dtype)
     with torch.no_grad():
         if keep:
             head.weight.copy_(old.weight)

@@ -261,13 +261,12 @@ def _on_model(model: Any, layout: str) -> Verdict:
     try:
         select_attention(model, padded_attention(model))
         rows = sequences(model.get_input_embeddings().weight.shape[0], scale=1)
-        scorer = Scorer(model, head, layout)
-        if head == "lm":
+        if head == "lm":  # before a scorer takes the output layer over
             expected = torch.cat([naive_logps(model, sequence) for sequence in rows])
         else:
             expected = torch.cat([_naive_reward(model, sequence) for sequence in rows])
         batch = batch_of(rows, layout)
-        scores = scorer(batch, Ask("logps" if head == "lm" else "reward"))
+        scores = Scorer(model, head, layout)(batch, Ask("logps" if head == "lm" else "reward"))
         found = scores.rewards if head == "scalar" else _in_path_order(scores.logps, batch)
     finally:
         select_attention(model, attention)

@@ -139,9 +139,10 @@ def select_attention(model: Any, name: str) -> None:
 
 
 def padded_attention(model: Any) -> str:
-    """The attention function for padded rows: the one the model was loaded with, unless that is wrong for it."""
+    """The attention function for padded rows: the one the model was loaded with, unless that cannot do it."""
     name = model.config._attn_implementation
     if name == attention.NAME:
         name = "sdpa" if model._supports_sdpa else "eager"
-    softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
-    return "eager" if name == "sdpa" and softcap is not None else name  # torch's kernel cannot cap scores
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    # Torch's kernel cannot cap scores; eager in float64 gives NaN where a padded query's window holds padding alone.
+    return attention.NAME if capped and name in ("sdpa", "eager") else name

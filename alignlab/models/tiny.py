@@ -1,4 +1,4 @@
-"""``model=tiny``: a Llama of about 0.9M parameters and its tokenizer, made by code; nothing is downloaded.
+"""``model=tiny``: a Llama of about 1.1M parameters and its tokenizer, made by code; nothing is downloaded.
 
 The tokenizer has one token for each of the 256 bytes, so it encodes every text and decodes it back, and one for each
 of a few words.  No word holds a digit: every digit is a token.
@@ -10,18 +10,21 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-HIDDEN, LAYERS, HEADS, INTERMEDIATE, POSITIONS = 128, 4, 4, 384, 1024
+HIDDEN, LAYERS, HEADS, INTERMEDIATE, POSITIONS = 192, 2, 6, 576, 1024
+INIT_STD = 0.04
+"""Twice the usual: at this width it learns the world in fewer steps."""
 
 BOS, EOS, PAD, START = "<|bos|>", "<|im_end|>", "<|pad|>", "<|im_start|>"
 SPECIAL = (PAD, BOS, START, EOS)
 
 WORDS = """
  user assistant system tool \n
- Tom Ben Sam Max Ann Eva Mia Lea He She I The You How That Try Check Unknown
+ Tom Ben Sam Max Ann Eva Mia Lea He She I The You How That Try
  apples books cards coins nuts pens shells stamps
  buys finds gets wins drops gives away loses sells
  has some many now is not so told again answer unknown cannot say how a number missing did use the numbers as
- steps phrasing honesty correctness
+ Steps Phrasing Honesty Correctness
+ No Unknown
  + - = , . : ?
 """
 """Tokens longer than a byte, each with and without a space before it; punctuation only with."""
@@ -73,6 +76,7 @@ def config(vocab_size: int) -> LlamaConfig:
         num_attention_heads=HEADS,
         num_key_value_heads=HEADS,
         max_position_embeddings=POSITIONS,
+        initializer_range=INIT_STD,
         tie_word_embeddings=True,
         pad_token_id=SPECIAL.index(PAD),
         bos_token_id=SPECIAL.index(BOS),

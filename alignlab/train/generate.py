@@ -25,7 +25,8 @@ def generate(
     """Completions of each prompt (token ids, template and generation prompt included), in order.
 
     Prompts are padded on the left, positions follow the attention mask, so a batch's composition moves results by
-    rounding only.  ``stop_ids`` end a completion.  ``temperature=0`` is greedy.  Yields ``num_samples`` texts a prompt, special tokens removed.
+    rounding only.  ``stop_ids`` end a completion.  ``temperature=0`` is greedy.
+    Yields ``num_samples`` texts a prompt, special tokens removed.
     """
     device = next(model.parameters()).device
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

@@ -71,7 +71,7 @@ def reference_logps(
     if engine.rank == 0:
         _publish(entry, key_parts, sequences, pairs, pair_values)
     engine.barrier()
-    return Reference(sequences, dict(zip(map(tuple, pairs.tolist()), pair_values.tolist(), strict=True)), seconds)
+    return Reference(sequences, _table(pairs, pair_values), seconds)
 
 
 def _collect(engine: Any, batches: Batches, plans: list[Any], select: str) -> tuple[np.ndarray, np.ndarray]:
@@ -91,19 +91,22 @@ def _collect(engine: Any, batches: Batches, plans: list[Any], select: str) -> tu
     return all_ids, all_values
 
 
+def _table(pairs: np.ndarray, values: np.ndarray) -> dict[tuple[int, int], float]:
+    return {(own, other): value for (own, other), value in zip(pairs.tolist(), values.tolist(), strict=True)}
+
+
 def _complete(entry: Path) -> bool:
     return (entry / "key.json").is_file()
 
 
 def _read(entry: Path, seconds: float) -> Reference:
     with np.load(entry / "logps.npz", allow_pickle=False) as stored:
-        pairs = map(tuple, stored["pairs"].tolist())
-        return Reference(
-            stored["sequences"], dict(zip(pairs, stored["pair_values"].tolist(), strict=True)), seconds
-        )
+        return Reference(stored["sequences"], _table(stored["pairs"], stored["pair_values"]), seconds)
 
 
-def _publish(entry: Path, key_parts: dict[str, Any], sequences: np.ndarray, pairs: np.ndarray, values: np.ndarray) -> None:
+def _publish(
+    entry: Path, key_parts: dict[str, Any], sequences: np.ndarray, pairs: np.ndarray, values: np.ndarray
+) -> None:
     staging = cache.staging(entry)
     np.savez(staging / "logps.npz", sequences=sequences, pairs=pairs, pair_values=values)
     (staging / "key.json").write_text(json.dumps(key_parts, indent=1, sort_keys=True))

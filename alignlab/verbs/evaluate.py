@@ -11,7 +11,7 @@ from alignlab import dist
 from alignlab.cli import Request, emit
 from alignlab.config import RootConfig
 from alignlab.errors import ConfigError
-from alignlab.job import assemble, attach_reference, needs_of, prepare_data, whole_set
+from alignlab.job import assemble, attach_reference, needs_of, prepare_data
 from alignlab.runfolder import RunFolder, write_atomic
 from alignlab.train.evaluation import evaluate
 from alignlab.train.loop import Progress, context_of
@@ -63,7 +63,9 @@ def trained(request: Request) -> tuple[RootConfig, RunFolder | None]:
     config: RootConfig = request.config
     config = replace(config, engine=replace(config.engine, name="local"), peft=replace(config.peft, name="none"))
     if request.target is None:
-        raise ConfigError(f"{request.verb} takes a run or a model as its first argument: alignlab {request.verb} runs/x")
+        raise ConfigError(
+            f"{request.verb} takes a run or a model as its first argument: alignlab {request.verb} runs/x"
+        )
     target = Path(request.target).expanduser()
     if request.file is None:
         return config, None

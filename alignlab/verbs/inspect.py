@@ -49,7 +49,7 @@ def run(request: Request) -> int:
 def sample_text(sample: EncodedSample, tokenizer: Any, *, colour: bool = False) -> str:
     """One row for reading: each path's text with the supervised part in green, or between ``[[`` and ``]]``."""
     lines = [f"row {sample.id}   source {sample.source or '-'}"]
-    roles = {}
+    roles: dict[int, str] = {}
     for chosen, rejected in sample.pairs.tolist():
         roles.setdefault(chosen, "chosen")
         roles.setdefault(rejected, "rejected")
@@ -69,9 +69,7 @@ def marked(sequence: EncodedSequence, tokenizer: Any, *, colour: bool = False) -
     begin, end = (GREEN, RESET) if colour else ("[[", "]]")
     out = []
     borders = np.flatnonzero(np.diff(sequence.target)) + 1
-    for tokens, target in zip(
-        np.split(sequence.tokens, borders), np.split(sequence.target, borders), strict=True
-    ):
+    for tokens, target in zip(np.split(sequence.tokens, borders), np.split(sequence.target, borders), strict=True):
         text = tokenizer.decode(tokens.tolist()) if tokenizer is not None else " ".join(map(str, tokens.tolist()))
         out.append(f"{begin}{text}{end}" if target[0] else text)
     return "".join(out)

@@ -62,7 +62,10 @@ def _first_step(config: Any, data: Any) -> dict[str, Any]:
 
 
 def _print(result: dict[str, Any]) -> None:
-    print(f"object   {result['objective']}   {result['examples']} examples   layout {result['layout']}   {result['dtype']}")
+    print(
+        f"object   {result['objective']}   {result['examples']} examples   layout {result['layout']}   "
+        f"{result['dtype']}"
+    )
     print(f"loss     {result['loss']:.8g}")
     print(f"norm     {result['grad_norm']:.8g}   (before clipping)")
     for name, value in sorted(result["metrics"].items()):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-
 from alignlab import dist
 from alignlab.cli import Request, emit
 from alignlab.data.prepare import Needs
@@ -21,7 +20,9 @@ def run(request: Request) -> int:
     config, _ = trained(request)
     tokenizer, encoder = make_encoder(config.model, config.data)
     if tokenizer is None:
-        raise ConfigError(f"sample: {config.model.name_or_path} has no tokenizer; name one: model.tokenizer_name_or_path=")
+        raise ConfigError(
+            f"sample: {config.model.name_or_path} has no tokenizer; name one: model.tokenizer_name_or_path="
+        )
     dist.init(timeout=config.engine.timeout)
     dtype = resolve_dtype(config.model.dtype, dist.device())
     loaded = load_model(config.model, "lm", dtype, config.seed)
@@ -47,5 +48,3 @@ def run(request: Request) -> int:
             print(json.dumps(as_json([answer])[0], ensure_ascii=False), flush=True)
     emit(request, {"model": config.model.name_or_path, "answers": as_json(found)})
     return 0
-
-
