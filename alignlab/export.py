@@ -57,6 +57,8 @@ def _write(job: Job, model: Any, weights: Mapping[str, Tensor], pad: int | None,
         tokenizer = copy.deepcopy(job.data.tokenizer)
         if job.data.encoder.template is not None:
             tokenizer.chat_template = job.data.encoder.template
+        if job.data.objective.head == "scalar":
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)  # what it pads with is what pooling skips
         tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(_card(job), encoding="utf-8")
     _check(folder, weights)
@@ -123,6 +125,7 @@ def _pad_id(job: Job) -> int | None:
     ends = set(index.tokens[index.seq_ptr[1:] - 1].tolist())
     candidates = [pad] if pad is not None else []
     if job.loaded.tokenizer is not None:
+        ends.add(job.loaded.tokenizer.eos_token_id)  # other rows than these may end with it
         candidates += sorted(job.loaded.tokenizer.all_special_ids)
     candidates += list(range(job.loaded.model.config.vocab_size))
     return next(token for token in candidates if token not in ends)

@@ -144,7 +144,7 @@ def _save(job: Job, folder: RunFolder, progress: Progress) -> None:
     checkpoint.publish(folder.checkpoints, progress.step, job.engine.save, meta)
     checkpoint.retain(folder.checkpoints, job.config.train.save_total_limit)
     if dist.is_main():
-        _status(folder, checkpoint=progress.step)
+        _status(folder, step=progress.step, checkpoint=progress.step)
 
 
 def _resume(job: Job, folder: RunFolder) -> Progress:

@@ -34,7 +34,29 @@ class Job:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-JOBS: tuple[Job, ...] = ()
+SECOND = 80
+"""Optimizer steps of every second stage, SFT continued included."""
+HELD_OUT = {"eval.generate": 300, "eval.batch_size": 100, "eval.max_new_tokens": 64}
+
+
+def _settings(objective: str, steps: int, rate: float, seed: int = 1, **more: Any) -> dict[str, Any]:
+    rows = 32 * steps if objective != "reward" else 2 * 32 * steps
+    return {
+        "objective": objective, "train.max_steps": steps, "train.global_batch_size": 32, "optim": "adamw",
+        "optim.learning_rate": rate, "optim.warmup_ratio": 0.05, "train.logging_steps": 5, "train.token_budget": 2048,
+        "data.options": {"rows": rows, "eval_rows": 300, "seed": seed}, **HELD_OUT, **more,
+    }  # fmt: skip
+
+
+JOBS: tuple[Job, ...] = (
+    Job("sft", None, _settings("sft", 700, 3e-3, seed=0)),
+    Job("dpo", "sft", _settings("dpo", SECOND, 2e-4, **{"objective.beta": 0.5})),
+    Job("cpsft", "sft", _settings("cpsft", SECOND, 1e-3)),
+    Job("sft-continued", "sft", _settings("sft", SECOND, 1e-3)),
+    Job("ift", "sft", _settings("ift", SECOND, 1e-3)),
+    Job("cpo", "cpsft", _settings("cpo", SECOND, 2e-4, **{"objective.beta": 0.5})),
+    Job("reward", "sft", _settings("reward", SECOND, 5e-4, **{"objective.loss_type": "eurus"})),
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +70,14 @@ class Row:
     control: bool = True
 
 
-ROWS: tuple[Row, ...] = ()
+ROWS: tuple[Row, ...] = (
+    Row("SFT (from nothing): answers right", "sft", "eval_correct", control=False),
+    Row("IFT: answers right", "ift", "eval_correct"),
+    Row("DPO: answers right", "dpo", "eval_correct"),
+    Row("CPSFT: requested style achieved", "cpsft", "eval_control/match", control=False),
+    Row("CPO: requested style achieved", "cpo", "eval_control/match", control=False),
+    Row("Eurus reward model: pairs ranked right", "reward", "eval_accuracy", control=False),
+)
 
 
 def run_job(job: Job, out: str, seed: int) -> float:

@@ -19,7 +19,7 @@ from alignlab.config import DataConfig, SourceConfig
 from alignlab.data import cache, world
 from alignlab.data.condition import Conditioner
 from alignlab.data.examples import fault, prune, to_examples
-from alignlab.data.formats import recognise, to_sample
+from alignlab.data.formats import to_sample
 from alignlab.data.index import Index, IndexWriter
 from alignlab.data.rows import Row, fingerprint, read_rows
 from alignlab.data.template import Dropped, Encoder
@@ -138,13 +138,7 @@ def rows_of(
 
 def sample_of(row: Row, source: SourceConfig) -> Sample:
     """What a row means, by its source's format; raises DataError at a row of the wrong schema (file, line, key)."""
-    sample = to_sample(row, source.format if source.format != "auto" else recognise(set(row.value)))
-    if not sample.id:
-        sample.id = f"{Path(row.file).name}:{row.line}"
-    if source.absolute:
-        for pair in sample.pairs:
-            pair.absolute = True
-    return sample
+    return to_sample(row, source.format, absolute=source.absolute)
 
 
 def kept_apart(sample: Sample, data: DataConfig, *, held_out: bool) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +12,9 @@ import torch
 from alignlab.config import TrainConfig
 from alignlab.train.logging import Console, Sink, count, step_text
 from alignlab.train.loop import Progress, StepReport
+
+STATUS_SECONDS = 1.0
+"""status.json is synced to disk, so it is written this often at most, and with every checkpoint."""
 
 
 @dataclass
@@ -35,7 +38,7 @@ class RunHooks:
     stopped: bool = False
     _tokens_before: int = 0
     _seconds: float = 0.0
-    _last: dict[str, float] = field(default_factory=dict)
+    _status_written: float = -STATUS_SECONDS
 
     def after_step(self, report: StepReport) -> bool:
         step = report.progress.step
@@ -78,4 +81,6 @@ class RunHooks:
         self.console.step(progress.step, self.total_steps, step_text(metrics, extra))
         for sink in self.sinks:
             sink.write(progress.step, {**metrics, "tokens_per_second": rate, "time": time.time()})
-        self.write_status(progress)
+        if time.monotonic() - self._status_written >= STATUS_SECONDS:
+            self._status_written = time.monotonic()
+            self.write_status(progress)

@@ -62,14 +62,14 @@ def make_repeated_rows(path: Path) -> None:
 def run(root: Path, name: str, cell: dict[str, Any]) -> dict[str, Any]:
     """One training run through the worker.
 
-    ``words``: settings.  ``stop``: ask for a stop after so many steps.  ``goes_on``: the folder of a broken run whose
-    checkpoint is taken over, with the settings of this cell.
+    ``words``: settings.  ``stop``: ask for a stop after so many steps.  ``goes_on``: the broken run whose checkpoint is
+    taken over, the name of an earlier cell or a folder.
     """
     folder = RunFolder(root / name)
     if worker.dist.is_main():
         folder.logs.mkdir(parents=True, exist_ok=True)
         if "goes_on" in cell:
-            shutil.copytree(Path(cell["goes_on"]) / "checkpoints", folder.checkpoints)
+            shutil.copytree(root / cell["goes_on"] / "checkpoints", folder.checkpoints)
     data = str(root.parent / "rows.jsonl") if cell.get("rows") == REPEATED else "sums"
     words = [
         f"model={root.parent / 'model'}", f"data={data}", "data.eval_path=sums", "optim.learning_rate=2e-3",

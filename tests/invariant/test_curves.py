@@ -73,16 +73,15 @@ def cells_of_one_process() -> dict[str, dict[str, Any]]:
         "words": words("dpo", "data.merge_prompts=true", "model.layout=packed"), "rows": REPEATED,
     }  # fmt: skip
     for name in ("dpo", "kto"):
-        found[f"{name}, broken"] = {"words": words(name), "stop": HALF}
+        found |= broken_and_resumed(name, words(name))
     return found
 
 
-def goes_on(cells: dict[str, dict[str, Any]], root: Path) -> dict[str, dict[str, Any]]:
-    """For each broken run of ``root`` one that continues it, with the same settings."""
+def broken_and_resumed(name: str, settings: list[str]) -> dict[str, dict[str, Any]]:
+    """A run that is stopped in the middle, and one that goes on from its checkpoint (by the cell's name)."""
     return {
-        name.replace("broken", "resumed"): {"words": cell["words"], "goes_on": str(root / name)}
-        for name, cell in cells.items()
-        if "stop" in cell
+        f"{name}, broken": {"words": settings, "stop": HALF},
+        f"{name}, resumed": {"words": settings, "goes_on": f"{name}, broken"},
     }
 
 
@@ -93,9 +92,9 @@ def cells_of_two_ranks(one: Path) -> dict[str, dict[str, Any]]:
     found |= {f"{name}, zero3": {"words": words(name, engine="zero3")} for name in ("ift", "reward")}
     found["dpo, zero2, budget"] = {"words": words("dpo", "train.token_budget=100", engine="zero2")}
     found["dpo, zero3, checkpointing"] = {"words": words("dpo", "train.gradient_checkpointing=true", engine="zero3")}
-    found |= {f"dpo, lora, {engine}": {"words": words("dpo", *LORA, engine=engine)} for engine in ("zero0", "zero3")}
+    found |= {f"dpo, lora, {engine}": {"words": words("dpo", *LORA, engine=engine)} for engine in ENGINES}
     for engine in ("zero2", "zero3"):
-        found[f"dpo, {engine}, broken"] = {"words": words("dpo", engine=engine), "stop": HALF}
+        found |= broken_and_resumed(f"dpo, {engine}", words("dpo", engine=engine))
         found[f"dpo, {engine}, from one process"] = {
             "words": words("dpo", engine=engine), "goes_on": str(one / "dpo, broken"),
         }  # fmt: skip
@@ -106,7 +105,7 @@ class Launch:
     """The cells of one launch: their settings and what they gave on each rank."""
 
     def __init__(self, ranks: int, folder: Path, cells: dict[str, dict[str, Any]], environment: dict[str, str]) -> None:
-        self.cells, self.folder = cells, folder / f"runs-{ranks}-{len(list(folder.iterdir()))}"
+        self.folder = folder / f"runs-{ranks}-{len(list(folder.iterdir()))}"
         self.folder.mkdir()
         self.ranks = spawn(
             HERE / "curve_cells.py", "everything", ranks, self.folder, timeout=1500, environment=environment,
@@ -140,18 +139,8 @@ def one(world: World) -> Launch:
 
 
 @pytest.fixture(scope="session")
-def one_again(world: World, one: Launch) -> Launch:
-    return world.launch(1, goes_on(one.cells, one.folder))
-
-
-@pytest.fixture(scope="session")
 def two(world: World, one: Launch) -> Launch:
     return world.launch(2, cells_of_two_ranks(one.folder))
-
-
-@pytest.fixture(scope="session")
-def two_again(world: World, two: Launch) -> Launch:
-    return world.launch(2, goes_on(two.cells, two.folder))
 
 
 def same_curve(
@@ -168,11 +157,14 @@ def same_curve(
 
 @pytest.mark.parametrize("name", OBJECTIVE_NAMES)
 def test_the_curve_is_worth_comparing(one: Launch, name: str) -> None:
-    """It moves by far more than the tolerance, every step differs from the next, and each objective has its own."""
+    """It moves by far more than the tolerance, no two steps agree, and each objective has its own.
+
+    The first of the two warm-up steps (0.1 x 20) has the learning rate 0, so the second may begin from the same place.
+    """
     loss = one[name]["loss"]
     assert all(math.isfinite(value) for value in loss)
     assert max(loss) - min(loss) > 100 * TOLERANCE * max(map(abs, loss))
-    assert len(set(loss)) == STEPS
+    assert len(set(loss)) >= STEPS - 1
     with pytest.raises(AssertionError):
         same_curve(one[name], one["sft" if name != "sft" else "cpsft"])
     assert len(one[name]["held_out"]) == 2  # before and after
@@ -214,8 +206,8 @@ def test_the_same_run_twice_is_bit_equal(one: Launch) -> None:
 
 
 @pytest.mark.parametrize("name", ["dpo", "kto"])
-def test_resumed_in_the_middle_is_bit_equal(one: Launch, one_again: Launch, name: str) -> None:
-    broken, resumed, whole = one[f"{name}, broken"], one_again[f"{name}, resumed"], one[name]
+def test_resumed_in_the_middle_is_bit_equal(one: Launch, name: str) -> None:
+    broken, resumed, whole = one[f"{name}, broken"], one[f"{name}, resumed"], one[name]
     assert len(broken["loss"]) == HALF
     for key in ("loss", "grad_norm"):
         assert broken[key] + resumed[key] == whole[key]
@@ -240,20 +232,21 @@ def test_two_ranks_cut(one: Launch, two: Launch, name: str) -> None:
     same_curve(two[name], one["dpo"])
 
 
-@pytest.mark.parametrize("engine", ["zero0", "zero3"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_lora_at_two_ranks(one: Launch, two: Launch, engine: str) -> None:
     found = two[f"dpo, lora, {engine}"]
-    assert found["trained"] < one["dpo"]["trained"] + 2 * found["trained"]
+    assert found["trained"] == one["dpo, lora"]["trained"] > one["dpo"]["trained"]  # many small matrices
     same_curve(found, one["dpo, lora"])
     with pytest.raises(AssertionError):
         same_curve(found, one["dpo"])
 
 
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
-def test_two_ranks_resumed_is_bit_equal(two: Launch, two_again: Launch, engine: str) -> None:
-    broken, whole = two[f"dpo, {engine}, broken"], two[f"dpo, {engine}"]
+def test_two_ranks_resumed_is_bit_equal(two: Launch, engine: str) -> None:
+    broken, resumed, whole = (two[f"dpo, {engine}{part}"] for part in (", broken", ", resumed", ""))
+    assert len(broken["loss"]) == HALF
     for key in ("loss", "grad_norm"):
-        assert broken[key] + two_again[f"dpo, {engine}, resumed"][key] == whole[key]
+        assert broken[key] + resumed[key] == whole[key]
 
 
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
@@ -276,15 +269,15 @@ def test_every_objective_in_every_cut(world: World, one: Launch) -> None:
     cells |= {f"{name}, {e}": {"words": words(name, engine=e)} for name in OBJECTIVE_NAMES for e in ENGINES}
     cells |= {f"{name}, lora": {"words": words(name, *LORA)} for name in OBJECTIVE_NAMES}
     cells |= {f"{name}, lora, rows": {"words": words(name, *LORA, "model.layout=rows")} for name in OBJECTIVE_NAMES}
-    cells |= {f"{name}, broken": {"words": words(name), "stop": HALF} for name in OBJECTIVE_NAMES}
+    for name in OBJECTIVE_NAMES:
+        cells |= broken_and_resumed(name, words(name))
     found = world.launch(1, cells)
-    again = world.launch(1, goes_on(cells, found.folder))
     two = world.launch(2, _grid_of_two_ranks(found.folder))
     for name in OBJECTIVE_NAMES:
         for cut in (*NIGHTLY_CUTS, *ENGINES):
             same_curve(found[f"{name}, {cut}"], one[name])
         same_curve(found[f"{name}, lora, rows"], found[f"{name}, lora"])
-        assert found[f"{name}, broken"]["loss"] + again[f"{name}, resumed"]["loss"] == one[name]["loss"]
+        assert found[f"{name}, broken"]["loss"] + found[f"{name}, resumed"]["loss"] == one[name]["loss"]
         for engine in ENGINES:
             same_curve(two[f"{name}, {engine}"], one[name])
             same_curve(two[f"{name}, {engine}, lora"], found[f"{name}, lora"])

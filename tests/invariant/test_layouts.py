@@ -40,6 +40,7 @@ def make(name: str, dtype: torch.dtype, attention: str | None = None) -> Any:
         size = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS}
     tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
     config = hf.AutoConfig.for_model(name, **{**size, **tokens, **FAMILIES[name]})
+    config._experts_implementation = "eager"  # the grouped kernels have no float64
     torch.manual_seed(0)
     model = hf.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     with torch.no_grad():
