@@ -18,7 +18,7 @@ from alignlab.data.plan import StepPlans, sequential
 from alignlab.data.prepare import Needs, Prepared, prepare
 from alignlab.data.template import Encoder
 from alignlab.engine.base import make_engine
-from alignlab.errors import ConfigError, DataError
+from alignlab.errors import DataError
 from alignlab.models.adapters import apply_peft
 from alignlab.models.load import Loaded, disable_dropout, load_model, load_tokenizer, max_positions, resolve_dtype
 from alignlab.models.proof import choose_layout
@@ -170,17 +170,15 @@ def attach_reference(job: Job) -> float:
     if not job.data.objective.needs_reference:
         return 0.0
     name = job.config.reference.name_or_path
-    if name is not None:
-        source = _named_reference(job, name)
-    else:
-        source = job
-    seconds = _attach(source, job.loader, job.plans, job.data.train)
+    source = job if name is None else _named_reference(job, name)
+    compute = source is job or dist.world_size() == 1
+    seconds = _attach(source, job.loader, job.plans, job.data.train, compute=compute)
     if job.held_loader is not None and job.data.held_out is not None:
-        seconds += _attach(source, job.held_loader, job.held_plans, job.data.held_out)
+        seconds += _attach(source, job.held_loader, job.held_plans, job.data.held_out, compute=compute)
     return seconds
 
 
-def _attach(source: Job, loader: Loader, plans: Any, prepared: Prepared) -> float:
+def _attach(source: Job, loader: Loader, plans: Any, prepared: Prepared, *, compute: bool) -> float:
     objective = source.data.objective
     mismatched = [plans.at(step) for step in range(plans.total_steps)] if objective.mismatched else None
     parts = {
@@ -195,7 +193,7 @@ def _attach(source: Job, loader: Loader, plans: Any, prepared: Prepared) -> floa
         layout=source.scorer.layout, mixes_inputs=objective.mixes_inputs,
     )  # fmt: skip
     found: Reference = reference_logps(
-        source.engine, loader, everything, parts, prepared.index.num_sequences, mismatched
+        source.engine, loader, everything, parts, prepared.index.num_sequences, mismatched, compute=compute
     )
     loader.values["reference"] = found.sequences
     loader.mismatched_values["reference"] = found.mismatched
@@ -203,15 +201,18 @@ def _attach(source: Job, loader: Loader, plans: Any, prepared: Prepared) -> floa
 
 
 def _named_reference(job: Job, name: str) -> Job:
-    """A job like ``job`` around the reference model the user named, with a plain engine that never trains."""
+    """A job like ``job`` around the reference model the user named, with a plain engine that never trains.
+
+    With several ranks only what identifies the model is its own: the numbers have to be in the cache already.
+    """
+    model = job.config.model
+    revision = model.revision if name == model.name_or_path else None
     config = replace(
         job.config,
-        model=replace(job.config.model, name_or_path=name, layout="auto"),
+        model=replace(model, name_or_path=name, revision=revision, layout="auto"),
         peft=replace(job.config.peft, name="none"),
     )
     if dist.world_size() > 1:
-        raise ConfigError(
-            "reference.name_or_path with several ranks: compute the numbers once with "
-            "'alignlab prepare ... reference=true launch=inline', then start the run"
-        )
+        loaded = load_model(config.model, job.data.objective.head, job.loaded.dtype, config.seed)
+        return replace(job, config=config, loaded=loaded)
     return assemble(config, job.data)

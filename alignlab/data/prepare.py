@@ -26,8 +26,15 @@ from alignlab.data.template import Dropped, Encoder
 from alignlab.errors import DataError
 from alignlab.types import EncodedSample, Sample, Unit
 
-VERSION = 1
+VERSION = 2
 """Part of every key: raise it when a change here changes what an index holds."""
+
+ADVICE = {
+    "overlong": "raise data.max_length, or set data.overlong=cut",
+    "no_target": "no row has an assistant's turn; see the columns with 'alignlab inspect'",
+    "no_example": "no two answers of a prompt differ in what this objective compares: ratings, correctness or labels",
+}
+"""What to do when no row is left, by the most frequent reason."""
 
 
 @dataclass(frozen=True)
@@ -117,10 +124,18 @@ def prepare(data: DataConfig, needs: Needs, encoder: Encoder, *, held_out: bool 
     folder = cache.obtain("index", cache.key(parts), build)
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     if manifest["kept"] == 0:
-        reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(manifest["dropped"].items()))
-        where = ", ".join(s.path for s in sources)
-        raise DataError(f"{where}: no row is left; {manifest['read']} read, dropped: {reasons or 'none'}")
+        raise DataError(f"{', '.join(s.path for s in sources)}: no row is left; {_why_none(manifest)}")
     return Prepared(folder, Index.open(folder / "index"), manifest, fresh)
+
+
+def _why_none(manifest: dict[str, Any]) -> str:
+    """What became of the rows, and what to do about the most frequent reason."""
+    if not manifest["read"]:
+        return "none was read"
+    reasons = Counter(manifest["dropped"])
+    said = f"{manifest['read']} read, dropped: {', '.join(f'{reason} {n}' for reason, n in sorted(reasons.items()))}"
+    advice = ADVICE.get(reasons.most_common(1)[0][0])
+    return f"{said} ({advice})" if advice else said
 
 
 def rows_of(
@@ -130,8 +145,9 @@ def rows_of(
     """The rows of one source: of a file, of a hub data set, or of the built-in world."""
     if source.path == "sums":
         options = dict(data.options)
-        counts = {False: int(options.pop("rows", 2000)), True: int(options.pop("eval_rows", 200))}
-        made = world.rows(needs.world_kind, counts[held_out], split="test" if held_out else "train", **options)
+        counts = {"train": int(options.pop("rows", 2000)), "test": int(options.pop("eval_rows", 200))}
+        split = "test" if held_out and not _split_share(data) else "train"
+        made = world.rows(needs.world_kind, counts[split], split=split, **options)
         return (Row("sums", number, value) for number, value in enumerate(made, 1))
     return read_rows(source.path, columns=source.columns, split=source.split, limit=data.limit, on_error=on_error)
 
@@ -160,8 +176,17 @@ def _prompt_key(sample: Sample) -> str:
     """Text that equal prompts share."""
     first = sample.sequences[0]
     if first.input_ids is not None:
-        return json.dumps(first.input_ids)
-    return json.dumps(first.prompt or (first.completion or [])[:1], sort_keys=True)
+        targets = first.target_mask or []
+        context = targets.index(True) if True in targets else 0
+        return json.dumps([int(token) for token in first.input_ids[: context or None]])
+    said = first.completion or ""
+    return json.dumps(first.prompt or (said if isinstance(said, str) else said[:1]), sort_keys=True)
+
+
+def _placed(error: DataError, row: Row) -> DataError:
+    """``error`` with the row's file and line, where it does not name them yet."""
+    text = str(error)
+    return error if text.startswith(f"{row.file}: ") else DataError(f"{row.file}: line {row.line}: {text}")
 
 
 def _repeats(source: SourceConfig, row: Row, seed: int) -> int:
@@ -207,12 +232,15 @@ class _Builder:
                 sample = sample_of(row, source)
                 wanted = sample if self.conditioner else self._adapted(sample, source)
             except DataError as error:
-                malformed_row(error)
+                malformed_row(_placed(error, row))
                 continue
             if kept_apart(sample, self.data, held_out=self.held_out):
                 continue
             self.manifest.read += 1
-            self._row(row, source, wanted, writer)
+            try:
+                self._row(row, source, wanted, writer)
+            except DataError as error:
+                raise _placed(error, row) from None
         allowed = self.data.max_reject_fraction * self.manifest.read
         if malformed > allowed:
             raise DataError(

@@ -22,7 +22,6 @@ from alignlab.errors import ConfigError
 from alignlab.types import Ask, PackedBatch, Scores, StepInfo
 
 NAMES = ("auto", "local", "zero0", "zero1", "zero2", "zero3")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 class Engine(Protocol):
@@ -119,15 +118,6 @@ class Collectives:
         dist.barrier()
 
 
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``model.dtype`` as a torch dtype: ``auto`` is float32 on a CPU and bfloat16 on a GPU."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if name not in DTYPES:
-        raise ConfigError(f"model.dtype={name} is unknown. Known: auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
 def resolve_name(name: str, ranks: int | None = None) -> str:
     """``engine=auto`` is ``local`` for one process and ``zero2`` for more; ``ranks`` defaults to those there are."""
     if name not in NAMES:
@@ -160,7 +150,7 @@ def make_engine(
     module: nn.Module,
     optim: OptimConfig,
     engine: EngineConfig,
-    dtype: torch.dtype | str = "auto",
+    dtype: torch.dtype,
     gradient_checkpointing: bool = False,
 ) -> Engine:
     """Hand ``module`` (called as ``module(batch, ask)``) to an engine, which casts and moves it in place.
@@ -170,7 +160,6 @@ def make_engine(
     """
     name = resolve_name(name)
     device = dist.device()
-    dtype = resolve_dtype(dtype, device) if isinstance(dtype, str) else dtype
     check(name, optim, engine, dtype, dist.world_size())
     dist.init(timeout=engine.timeout, group=name != "local")
     if gradient_checkpointing:

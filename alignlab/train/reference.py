@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from alignlab.data import cache
+from alignlab.errors import ConfigError
 from alignlab.ops.segments import segment_sum
 from alignlab.train.step import Batches
 from alignlab.types import Ask, PackedBatch
@@ -49,18 +50,25 @@ def reference_logps(
     key_parts: dict[str, Any],
     num_sequences: int,
     mismatched: list[Any] | None = None,
+    *,
+    compute: bool = True,
 ) -> Reference:
     """Read the reference numbers from the cache, or compute them once and publish them.
 
     ``everything`` is a plan over all examples; ``mismatched`` the step plans whose partner rows are needed.
     ``key_parts`` names all that the numbers depend on (model, tokenizer and index hashes, dtype, adapter).
-    Collective: every rank calls it; rank 0 writes.
+    Collective: every rank calls it; rank 0 writes.  Without ``compute`` numbers that are not there are a ConfigError.
     """
     entry = cache.entry("reference", cache.key(key_parts))
     started = time.perf_counter()
     found = bool(engine.reduce(torch.tensor([float(_complete(entry))], device=engine.device)).item() == engine.dp)
     if found:
         return _read(entry, 0.0)
+    if not compute:
+        raise ConfigError(
+            "reference.name_or_path with several ranks: compute its numbers once with 'alignlab prepare ... "
+            "reference=true' (the same settings), then start the run"
+        )
     sequences = np.full(num_sequences, np.nan)
     ids, values = _collect(engine, batches, [everything], "main")
     sequences[ids[:, 0]] = values

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from alignlab.cli import Request, emit
+from alignlab.config import RootConfig
 from alignlab.data import cache
-from alignlab.job import prepare_data
+from alignlab.job import JobData, assemble, attach_reference, prepare_data
 
 
 def run(request: Request) -> int:
-    """Download or convert the model, build DeepSpeed's CPU op where the engine needs it, index the rows."""
+    """Download or convert the model, build DeepSpeed's CPU op where the engine needs it, index the rows.
+
+    With ``reference=true`` also the reference numbers: in this one process, for any number of ranks to read.
+    """
     config = request.config
     if config.engine.name.startswith("zero"):
         from alignlab.engine import deepspeed
@@ -26,6 +33,24 @@ def run(request: Request) -> int:
             f"{manifest['pairs']:,} pairs, {manifest['tokens']:,} tokens"
         )
     print(f"index    {data.train.folder}   ({'made' if data.train.fresh else 'cached'})")
+    result: dict[str, Any] = {"data": accounts, "index": str(data.train.folder), "fresh": data.train.fresh}
+    if config.reference.compute:
+        result["reference"] = _reference(config, data)
     print(f"cache    {cache.root()}")
-    emit(request, {"data": accounts, "index": str(data.train.folder), "fresh": data.train.fresh})
+    emit(request, {**result, "cache": str(cache.root())})
     return 0
+
+
+def _reference(config: RootConfig, data: JobData) -> dict[str, Any] | None:
+    """Compute the reference numbers of both sets of rows, unless they are there; None where the loss has none."""
+    if not data.objective.needs_reference:
+        print(f"ref      {data.objective.name} needs no reference")
+        return None
+    job = assemble(replace(config, engine=replace(config.engine, name="local", offload_optimizer=False)), data)
+    try:
+        seconds = attach_reference(job)
+    finally:
+        job.engine.close()
+    name = config.reference.name_or_path or "initial policy"
+    print(f"ref      {name}: {f'computed ({seconds:.0f} s)' if seconds else 'cached (0 s)'}")
+    return {"name": name, "dtype": str(job.loaded.dtype).removeprefix("torch."), "seconds": seconds}

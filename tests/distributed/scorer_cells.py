@@ -17,6 +17,7 @@ from alignlab.data.index import Index, IndexWriter
 from alignlab.data.plan import StepPlans
 from alignlab.engine import deepspeed
 from alignlab.engine.base import Engine, make_engine
+from alignlab.models.load import DTYPES
 from alignlab.models.scorer import Scorer
 from alignlab.types import Ask, EncodedSample, EncodedSequence, Mix, Unit
 
@@ -104,8 +105,8 @@ def curves(folder: str, names: list[str]) -> dict[str, Any]:
             arguments = (head, cell.get("tied", False), cell.get("lora", False))
             checkpointing = cell.get("checkpointing", False)
             engine = make_engine(
-                name, Scorer(model(*arguments), head, layout), OptimConfig(), EngineConfig(name, timeout=60), dtype,
-                checkpointing,
+                name, Scorer(model(*arguments), head, layout), OptimConfig(), EngineConfig(name, timeout=60),
+                DTYPES[dtype], checkpointing,
             )  # fmt: skip
             engine.train()
             plans = StepPlans(

@@ -16,6 +16,7 @@ from alignlab import dist
 from alignlab.config import EngineConfig, OptimConfig
 from alignlab.engine import deepspeed
 from alignlab.engine.base import Engine, make_engine
+from alignlab.models.load import DTYPES
 from alignlab.types import Ask, PackedBatch, Scores
 
 VOCABULARY, WIDTH = 37, 19
@@ -102,7 +103,9 @@ def make(engine: str, /, dtype: str = "fp32", seed: int = 0, adapter: bool = Fal
     deepspeed.PERSISTENCE = 0
     engine_options = {key: options.pop(key) for key in ("offload_optimizer",) if key in options}
     optim = OptimConfig(**{"max_grad_norm": 0.5, "weight_decay": 0.1, **options})
-    return make_engine(engine, Toy(seed, adapter), optim, EngineConfig(engine, timeout=60, **engine_options), dtype)
+    return make_engine(
+        engine, Toy(seed, adapter), optim, EngineConfig(engine, timeout=60, **engine_options), DTYPES[dtype]
+    )
 
 
 def state_bits(engine: Engine, folder: Path) -> dict[str, str]:
