@@ -21,6 +21,15 @@ from typing import Any, NamedTuple, TextIO
 from alignlab import __version__
 from alignlab.errors import AlignlabError, ConfigError
 
+QUIET = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_VERBOSITY": "error",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Read by the libraries when they are imported: no telemetry, and no remarks of theirs on the screen."""
+
 
 class Verb(NamedTuple):
     """Where a verb lives, what it is for, what its configuration must hold, and what its first argument is."""
@@ -103,6 +112,8 @@ def _plain(value: Any) -> Any:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code.  Errors are one line each on standard error."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     words = sys.argv[1:] if argv is None else argv
     arguments = _Arguments()
     stdout = sys.stdout
@@ -210,7 +221,7 @@ def _is_path(word: str) -> bool:
 
 def _composed_from(verb: str, target: str) -> Path | None:
     """The YAML file a target stands for; None where the target is a model or a name."""
-    path = Path(target).expanduser()
+    path = Path(os.path.expanduser(target))
     if (path / "run.yaml").is_file():
         return path / "run.yaml"
     if VERBS[verb].target == "model":

@@ -9,6 +9,7 @@ recipe, debug, the user's YAML file, the command line.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,12 +65,14 @@ def compose(
     Every problem is reported in one :class:`ConfigError`, a line each.  ``needs`` names sections that must be chosen.
     """
     problems: list[str] = []
-    of_file = from_file(file) if file else []
+    of_file = spread(from_file(file)) if file else []
+    if file and (start := _started_in(file)):
+        of_file = [_where_it_ran(setting, start) for setting in of_file]
     settings = [*from_tokens(tokens, problems), *from_values(values or {})]
     problems += forbidden([*of_file, *settings])
     if problems:
         raise ConfigError("\n".join(problems))
-    of_file, settings = spread(of_file), spread(settings)
+    settings = spread(settings)
 
     loaded = _load_plugins([*of_file, *settings], file)
     chosen = _selections([*of_file, *settings], problems)
@@ -327,6 +330,36 @@ def _free(text: str) -> Any:
 
 def _home(path: str) -> str:
     return str(Path(path).expanduser()) if path.startswith("~/") and not Path(path).exists() else path
+
+
+def _started_in(file: Path) -> Path | None:
+    """The folder in which the run whose ``run.yaml`` this is was started, where that is another one than this."""
+    try:
+        folder = json.loads((file.parent / "env.json").read_text(encoding="utf-8"))["folder"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    if file.name != "run.yaml" or not isinstance(folder, str) or not Path(folder).is_dir():
+        return None
+    return None if Path(folder).resolve() == Path.cwd() else Path(folder)
+
+
+def _where_it_ran(setting: Setting, folder: Path) -> Setting:
+    """``setting`` of a run's own file with relative paths meaning what they meant where the run was started."""
+
+    def moved(path: Any, *, always: bool = False) -> Any:
+        if not isinstance(path, str) or not path:
+            return path
+        there = folder / path  # an absolute path stays what it is
+        return str(there) if always or (there.exists() and not Path(path).exists()) else path
+
+    raw = setting.raw
+    if setting.key == "output_dir":
+        raw = moved(raw, always=not str(raw).startswith("~"))
+    elif setting.key.endswith(("path", "name_or_path")):
+        raw = moved(raw)
+    elif setting.key == "data.sources" and isinstance(raw, list):
+        raw = [{**source, "path": moved(source.get("path"))} if isinstance(source, dict) else source for source in raw]
+    return dataclasses.replace(setting, raw=raw)
 
 
 def _unknown(key: str, known: schema.Schema, hints: dict[str, str], objective: str | None) -> str:

@@ -29,7 +29,7 @@ from alignlab import compose, names, plugins, yamlio
 from alignlab.checks import redact
 from alignlab.cli import Request, emit
 from alignlab.config import RootConfig, RunConfig
-from alignlab.errors import AlignlabError, ConfigError, HangError
+from alignlab.errors import AlignlabError, ConfigError, HangError, Preempted
 from alignlab.runfolder import RunFolder, write_atomic
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -115,7 +115,7 @@ def owned(request: Request) -> Iterator[tuple[RunFolder, str]]:
         try:
             yield folder, state
         except AlignlabError as error:
-            folder.write_status(state="failed", exit_code=error.exit_code, error=redact(str(error)))
+            folder.write_status(state=state_of(error.exit_code), exit_code=error.exit_code, error=redact(str(error)))
             raise
         except Exception as error:
             with folder.log.open("a", encoding="utf-8") as log:
@@ -127,7 +127,7 @@ def owned(request: Request) -> Iterator[tuple[RunFolder, str]]:
 
 def run_folder(config: RootConfig) -> RunFolder:
     """Where the run lives; a link out of ``output_dir`` is refused."""
-    folder = RunFolder(Path(config.output_dir).expanduser() / names.run_name(config))
+    folder = RunFolder(Path(os.path.expanduser(config.output_dir)) / names.run_name(config))
     if folder.path.is_symlink():
         raise ConfigError(f"{folder}: is a link; run folders are real folders")
     return folder
@@ -264,8 +264,9 @@ def captured_output(folder: RunFolder, rank: int) -> Iterator[TextIO]:
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
-    ordinary = sys.stdout is sys.__stdout__
-    console = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8") if ordinary else sys.stdout
+    # Under --json the screen is standard error.
+    screen = 1 if sys.stdout is sys.__stdout__ else 2 if sys.stdout is sys.__stderr__ else None
+    console = os.fdopen(os.dup(screen), "w", buffering=1, encoding="utf-8") if screen else sys.stdout
     with path.open("ab", buffering=0) as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -277,7 +278,7 @@ def captured_output(folder: RunFolder, rank: int) -> Iterator[TextIO]:
         for number, original in enumerate(saved, 1):
             os.dup2(original, number)
             os.close(original)
-        if ordinary:
+        if screen:
             console.close()
 
 

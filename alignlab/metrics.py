@@ -30,6 +30,11 @@ class Meter:
             entry = torch.stack((total.detach().double(), count.detach().double())) * weight
             self._sums[name] = self._sums[name] + entry if name in self._sums else entry
 
+    def merge(self, other: Meter) -> None:
+        """Add another meter's sums."""
+        for name, entry in other._sums.items():
+            self._sums[name] = self._sums[name] + entry if name in self._sums else entry
+
     def stacked(self, names: list[str], device: torch.device) -> Tensor:
         """float64 [len(names), 2]; a name this device never saw is zero."""
         zero = torch.zeros(2, dtype=torch.float64, device=device)

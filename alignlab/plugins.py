@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 import sys
 import traceback
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ def load(names: list[str], beside: Path | None = None) -> list[Plugin]:
 
 def find(name: str, beside: Path | None = None) -> Path:
     """Where a plug-in lies: the path as given, else the copy in a run folder."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_file():
         return path.resolve()
     copy = beside / "plugins" / path.name if beside else None

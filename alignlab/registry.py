@@ -8,7 +8,6 @@ decorator; an installed package may use the entry-point groups ``alignlab.object
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
@@ -101,27 +100,39 @@ VERIFIERS = Registry(
 )
 
 
-def register_objective(cls: type[T]) -> type[T]:
-    """Class decorator: make an objective with a ``Config`` dataclass known under its ``name``."""
-    OBJECTIVES.add(cls.name, cls)  # type: ignore[attr-defined]
-    return cls
+def register_objective(what: Any) -> Any:
+    """Class decorator, ``@register_objective`` or ``@register_objective("name")``, for an objective with a ``Config``.
+
+    Bare, the class is known under its own ``name``.
+    """
+    return _registering(OBJECTIVES, what)
 
 
-def register_format(name: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
-    """Decorator for ``row: dict -> Sample``; chosen with ``data.format=<name>``."""
+def register_format(what: Any) -> Any:
+    """Decorator, bare or with a name, for ``row: dict -> Sample``; chosen with ``data.format=<name>``.
 
-    def add(function: Callable[..., T]) -> Callable[..., T]:
-        FORMATS.add(name, function)
-        return function
-
-    return add
+    Bare, the function is known under its own name.
+    """
+    return _registering(FORMATS, what)
 
 
-def register_verifier(name: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
-    """Decorator for ``(verify: dict, completion: str) -> dict[str, float]``: measures of one generated text."""
+def register_verifier(what: Any) -> Any:
+    """Decorator, bare or with a name, for ``(verify: dict, completion: str) -> dict[str, float]``: measures of a text.
 
-    def add(function: Callable[..., T]) -> Callable[..., T]:
-        VERIFIERS.add(name, function)
-        return function
+    Bare, the function is known under its own name.
+    """
+    return _registering(VERIFIERS, what)
+
+
+def _registering(registry: Registry, what: Any) -> Any:
+    if not isinstance(what, str):
+        registry.add(getattr(what, "name", None) or what.__name__, what)
+        return what
+
+    def add(entry: T) -> T:
+        if isinstance(entry, type):
+            entry.name = what  # type: ignore[attr-defined]
+        registry.add(what, entry)
+        return entry
 
     return add

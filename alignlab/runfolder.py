@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from alignlab.data import cache
-from alignlab.errors import BusyError, StorageError
+from alignlab.errors import BusyError, Preempted, StorageError
 
 OURS = (
     "run.yaml", "status.json", "env.json", "metrics.jsonl", "log.txt", "logs", "data", "checkpoints", "exports",
@@ -28,6 +28,11 @@ OURS = (
 """What a run may leave in its folder: all that ``overwrite=true`` removes."""
 
 FINISHED = "done"
+
+
+def state_of(code: int) -> str:
+    """The state in ``status.json`` that an exit code means."""
+    return {0: FINISHED, Preempted.exit_code: "preempted"}.get(code, "failed")
 
 
 class RunFolder:

@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -108,7 +109,7 @@ def _first_valid(request: Request, fixed: list[str], points: list[list[str]]) ->
 
 def _folder(first: Request, fixed: list[str], points: list[list[str]]) -> Path:
     """``sweeps/<name>`` beside ``output_dir``; the name is the user's ``run.name``, else made from all points."""
-    root = Path(first.config.output_dir).expanduser().parent / "sweeps"
+    root = Path(os.path.expanduser(first.config.output_dir)).parent / "sweeps"
     if first.config.run.name is not None:
         return root / first.config.run.name
     content = names.digest({"numbers": names.number_keys(first.config), "points": points})
@@ -132,7 +133,7 @@ def _run_point(request: Request, folder: Path, number: int, fixed: list[str], po
     print(f"{'point':<8} {name}  {' '.join(point)}", flush=True)
     code = _call(command, 2 if request.json is True else None)
     status = RunFolder(folder / name).status()
-    state = status.get("state", "failed") if code == 0 else _state(code)
+    state = status.get("state", "failed") if code == 0 else state_of(code)
     metrics = final_metrics(folder / name / "metrics.jsonl")
     return {"point": name, "status": state, "exit_code": code, "overrides": " ".join(point), **metrics}
 
@@ -156,10 +157,6 @@ def _call(command: list[str], stdout: int | None) -> int:
     child = subprocess.Popen(command, stdout=stdout, start_new_session=True, preexec_fn=die_with_parent)
     with forwarding(child):
         return child.wait()
-
-
-def _state(code: int) -> str:
-    return "preempted" if code == Preempted.exit_code else "failed"
 
 
 def final_metrics(path: Path) -> dict[str, float]:

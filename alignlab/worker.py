@@ -27,7 +27,7 @@ from alignlab.errors import AlignlabError, ConfigError, HangError, OutOfMemoryEr
 from alignlab.export import export_model
 from alignlab.job import Job, JobData, assemble, attach_reference, prepare_data
 from alignlab.launch import captured_output, die_with_parent
-from alignlab.runfolder import RunFolder, write_atomic
+from alignlab.runfolder import RunFolder, state_of, write_atomic
 from alignlab.schema import flatten
 from alignlab.train.evaluation import evaluate
 from alignlab.train.hooks import RunHooks
@@ -37,6 +37,8 @@ from alignlab.types import Unit
 from alignlab.verification import as_json, verified
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SILENCE_SECONDS = 3.0
+"""How long a failed rank waits for rank 0 to say what happened before it says so itself."""
 
 
 class StopFlag:
@@ -356,12 +358,13 @@ def main(run_folder: str) -> int:
 
 
 def _failed(folder: RunFolder, error: Exception) -> int:
-    """Write the outcome; the launcher says it to the user.  A rank other than 0 speaks only when it alone failed."""
+    """Write the outcome; the launcher says it to the user."""
     import torch
 
+    lost = dist.lost_rank(error)
     if isinstance(error, torch.OutOfMemoryError):
         error = OutOfMemoryError(f"rank {dist.rank()}: {str(error).splitlines()[0]}; lower train.token_budget")
-    elif dist.lost_rank(error):
+    elif lost:
         error = HangError(f"rank {dist.rank()}: another rank is gone or did not answer: {str(error).splitlines()[0]}")
     ours = isinstance(error, AlignlabError)
     code = error.exit_code if isinstance(error, AlignlabError) else 70
@@ -369,9 +372,25 @@ def _failed(folder: RunFolder, error: Exception) -> int:
     if not ours:
         traceback.print_exception(error)
         text += f" (traceback: {folder.log})"
-    if dist.is_main() or folder.status().get("state") == "running":
-        folder.write_status(state="preempted" if code == 75 else "failed", exit_code=code, error=redact(text))
+    if _has_the_word(folder, code, lost):
+        folder.write_status(state=state_of(code), exit_code=code, error=redact(text))
     return code
+
+
+def _has_the_word(folder: RunFolder, code: int, lost: bool) -> bool:
+    """Whether this rank says how the run ended; ``status.json`` bears one writer at a time.
+
+    Rank 0 does, unless all it knows is that another is gone, which has said why.  Another rank does when rank 0 stays
+    silent: then it alone failed, and rank 0 waits for it somewhere.
+    """
+    if dist.is_main():
+        return not lost or folder.status().get("state") == "running"
+    if code == Preempted.exit_code:  # agreed by all ranks
+        return False
+    deadline = time.monotonic() + SILENCE_SECONDS
+    while folder.status().get("state") == "running" and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return folder.status().get("state") == "running"
 
 
 if __name__ == "__main__":

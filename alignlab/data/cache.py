@@ -41,7 +41,7 @@ class Entry(NamedTuple):
 def root() -> Path:
     """The cache's folder: ``$ALIGNLAB_CACHE``, else ``alignlab`` in the platform's folder for user caches."""
     if named := os.environ.get("ALIGNLAB_CACHE"):
-        return Path(named).expanduser()
+        return Path(os.path.expanduser(named))
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "alignlab"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alignlab"

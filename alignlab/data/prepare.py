@@ -31,7 +31,7 @@ VERSION = 2
 
 ADVICE = {
     "overlong": "raise data.max_length, or set data.overlong=cut",
-    "no_target": "no row has an assistant's turn; see the columns with 'alignlab inspect'",
+    "no_target": "the rows hold no answer to learn, or data.max_length cuts all of it off",
     "no_example": "no two answers of a prompt differ in what this objective compares: ratings, correctness or labels",
 }
 """What to do when no row is left, by the most frequent reason."""
@@ -147,7 +147,9 @@ def rows_of(
         options = dict(data.options)
         counts = {"train": int(options.pop("rows", 2000)), "test": int(options.pop("eval_rows", 200))}
         split = "test" if held_out and not _split_share(data) else "train"
-        made = world.rows(needs.world_kind, counts[split], split=split, **options)
+        # The held-out problems stay the same whatever the training rows' seed, so that runs can be compared.
+        seeds = {"train": int(options.pop("seed", 0)), "test": int(options.pop("eval_seed", 0))}
+        made = world.rows(needs.world_kind, counts[split], seeds[split], split, **options)
         return (Row("sums", number, value) for number, value in enumerate(made, 1))
     return read_rows(source.path, columns=source.columns, split=source.split, limit=data.limit, on_error=on_error)
 
@@ -189,6 +191,10 @@ def _placed(error: DataError, row: Row) -> DataError:
     return error if text.startswith(f"{row.file}: ") else DataError(f"{row.file}: line {row.line}: {text}")
 
 
+def _detailed(place: dict[str, Any], detail: str | None) -> dict[str, Any]:
+    return {**place, "detail": detail} if detail else place
+
+
 def _repeats(source: SourceConfig, row: Row, seed: int) -> int:
     """How often a row of a weighted source is used: the whole part always, the fraction by a seeded draw."""
     whole = int(source.weight)
@@ -217,11 +223,11 @@ class _Builder:
         (self.folder / "manifest.json").write_text(json.dumps(vars(manifest), indent=1), encoding="utf-8")
 
     def _source(self, source: SourceConfig, writer: IndexWriter) -> None:
-        malformed = 0
+        malformed: list[DataError] = []
+        before = self.manifest.read
 
         def malformed_row(error: DataError) -> None:
-            nonlocal malformed
-            malformed += 1
+            malformed.append(error)
             if not self.data.max_reject_fraction:
                 raise error
             self.manifest.read += 1
@@ -241,11 +247,11 @@ class _Builder:
                 self._row(row, source, wanted, writer)
             except DataError as error:
                 raise _placed(error, row) from None
-        allowed = self.data.max_reject_fraction * self.manifest.read
-        if malformed > allowed:
+        allowed = self.data.max_reject_fraction * (self.manifest.read - before)
+        if len(malformed) > allowed:
             raise DataError(
-                f"{source.path}: {malformed} rows are malformed, "
-                f"data.max_reject_fraction={self.data.max_reject_fraction} allows {int(allowed)}"
+                f"{malformed[0]} ({len(malformed)} rows of {source.path} are malformed, "
+                f"data.max_reject_fraction={self.data.max_reject_fraction} allows {int(allowed)})"
             )
 
     def _adapted(self, sample: Sample, source: SourceConfig) -> Sample:
@@ -263,26 +269,26 @@ class _Builder:
         if self.conditioner:
             made = [self._adapted(one, source) for one in self.conditioner.rows(pruned)]
         kept = 0
-        reasons: list[str] = []
+        details: dict[str, str] = {}
         for one in made:
             encoded = self.encoder.encode(one)
             if isinstance(encoded, Dropped):
-                reasons.append(encoded.reason)
-                place |= {"detail": encoded.detail}
+                lost[encoded.reason] += 1
+                details.setdefault(encoded.reason, encoded.detail)
                 continue
             for _ in range(repeats):
                 writer.add(encoded)
                 self._count(encoded)
             kept += 1
         if not kept:
-            self._drop(reasons[0] if reasons else "no_example", place)
+            reason = next(iter(details), "no_example")
+            self._drop(reason, _detailed(place, details.get(reason)))
             return
-        lost.update(reasons)
         self.manifest.kept += 1
         self.manifest.sources[sample.source or Path(row.file).name] += 1
         self.manifest.parts.update(lost)
         for reason, count in lost.items():
-            self._write({**place, "reason": reason, "parts": count})
+            self._write({**_detailed(place, details.get(reason)), "reason": reason, "parts": count})
 
     def _drop(self, reason: str, place: dict[str, Any]) -> None:
         self.manifest.dropped[reason] += 1

@@ -5,8 +5,8 @@ so.  Demonstrations are written the way people write: now and then a slip in the
 of those who meet a problem with a number missing make one up and work it out.  Imitation learns that, however long it
 lasts; preferences tell right from wrong.
 
-Every row is a pure function of (seed, split, row number), so a smaller set is a prefix of a larger one.  A story's
-numbers alone decide its split, so no training prompt is a held-out prompt, whatever the seed or the size.
+Every row is a pure function of (seed, split, row number), so a smaller set is a prefix of a larger one.  The
+numbers that a story tells decide its split, so no training prompt is a held-out prompt, whatever the seed or the size.
 """
 
 from __future__ import annotations
@@ -140,26 +140,26 @@ def _smaller_from_larger(left: int, right: int) -> int:
     return (left // 10 - right // 10) * 10 + right % 10 - left % 10
 
 
-def held_out(start: int, numbers: list[int]) -> bool:
-    """Whether a story with these signed numbers belongs to the split ``test``; names and things do not matter."""
-    return zlib.crc32(" ".join(map(str, [start, *numbers])).encode()) % HELD_OUT == 0
+def held_out(start: int, told: list[str]) -> bool:
+    """Whether a story that tells these changes (``-5``, or ``-some``) is in the split ``test``, whatever its words."""
+    return zlib.crc32(" ".join([str(start), *told]).encode()) % HELD_OUT == 0
 
 
 def problem(seed: int, split: str, index: int) -> Problem:
     """Problem ``index`` of a split: the same whatever else was drawn."""
     rng = Random(f"sums/{seed}/{split}/{index}")
+    hidden = rng.random() < UNANSWERABLE
     while True:
         start = rng.randint(11, 89)
-        signed = [rng.choice((1, -1)) * rng.randint(2, 9) for _ in range(rng.choice((2, 3)))]
-        values = list(accumulate(signed, initial=start))
-        if min(values) > 9 and max(values) < 100 and held_out(start, signed) == (split == "test"):
+        changes = [(rng.choice("+-"), rng.randint(2, 9)) for _ in range(rng.choice((2, 3)))]
+        missing = rng.randrange(len(changes)) if hidden else None
+        values = list(accumulate((n if sign == "+" else -n for sign, n in changes), initial=start))
+        told = [f"{sign}{'some' if i == missing else n}" for i, (sign, n) in enumerate(changes)]
+        if min(values) > 9 and max(values) < 100 and held_out(start, told) == (split == "test"):
             break
-    operations = [
-        ("+", rng.choice(GAIN), number) if number > 0 else ("-", rng.choice(LOSS), -number) for number in signed
-    ]
-    missing = rng.randrange(len(operations)) if rng.random() < UNANSWERABLE else None
+    operations = tuple((sign, rng.choice(GAIN if sign == "+" else LOSS), n) for sign, n in changes)
     name = rng.choice(list(NAMES))
-    return Problem(name, NAMES[name], rng.choice(THINGS), start, tuple(operations), missing)
+    return Problem(name, NAMES[name], rng.choice(THINGS), start, operations, missing)
 
 
 def wrong_steps(task: Problem, rng: Random) -> list[Step]:

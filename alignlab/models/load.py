@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +22,7 @@ from alignlab.models.head import ScalarHead
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 BUILT_IN = ("tiny", "smollm2")
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 
 
@@ -66,15 +69,23 @@ def load_model(config: ModelConfig, head: str, dtype: torch.dtype, seed: int) ->
         def identify() -> str:
             return hashlib.sha256(f"{text}/{head}/{seed}".encode()).hexdigest()
     else:
-        source = _source(config)
+        source = _source(config, weights=True)
+        _no_bars()
         model = _pretrained(config, source, head, dtype, seed)
 
         def identify() -> str:
-            return f"{_fingerprint(source, config)}/{head}/{seed if head == 'scalar' else ''}"
+            return f"{_fingerprint(Path(source), config)}/{head}/{seed if head == 'scalar' else ''}"
 
     model.config.use_cache = False
     _check_vocabulary(model, tokenizer, config.name_or_path)
     return Loaded(model, tokenizer, config.name_or_path, dtype, identify)
+
+
+def fetch(config: ModelConfig) -> None:
+    """Bring the model and its tokenizer here (download, convert), so that loading them opens no connection."""
+    for name in (config.name_or_path, config.tokenizer_name_or_path):
+        if name not in (None, "tiny"):
+            _source(config, name, weights=name == config.name_or_path)
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -120,21 +131,56 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def _source(config: ModelConfig, name: str | None = None) -> str:
-    """A folder or a hub name; ``smollm2`` is converted into the cache the first time."""
+def _source(config: ModelConfig, name: str | None = None, *, weights: bool = False) -> str:
+    """The folder of a model; a hub model is downloaded and ``smollm2`` converted the first time, without a need for
+    ``weights`` only the small files."""
     name = name or config.name_or_path
     if name == "smollm2":
         from alignlab.models import smollm2
 
         return str(smollm2.folder())
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         if not (path / "config.json").is_file() and not (path / "tokenizer.json").is_file():
             raise ConfigError(f"model: {name} is no model folder (no config.json); built in: {', '.join(BUILT_IN)}")
         return str(path)
     if path.is_file() or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
         raise ConfigError(f"model: no model folder at {name}; give a folder, a hub name, or {' or '.join(BUILT_IN)}")
-    return name
+    return str(_snapshot(name, config.revision, weights))
+
+
+def _snapshot(name: str, revision: str | None, weights: bool) -> Path:
+    """The local snapshot of a hub model.  Files that are here already are used as they are, without asking the hub."""
+    from huggingface_hub import snapshot_download
+
+    found = None
+    with suppress(OSError, ValueError):
+        found = Path(snapshot_download(name, revision=revision, local_files_only=True))
+    if found is not None and _whole(found, weights):
+        return found
+    wanted = [*SMALL_FILES, *(["*.safetensors"] if weights else [])]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except (OSError, ValueError) as error:
+        if found is not None:  # offline, and no tokenizer in the model's repository
+            return found
+        near = difflib.get_close_matches(name, BUILT_IN, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"built in: {', '.join(BUILT_IN)}"
+        raise ConfigError(
+            f"model: no folder {name} here, and the hub model cannot be fetched ({type(error).__name__}); {hint}"
+        ) from error
+
+
+def _whole(folder: Path, weights: bool) -> bool:
+    """Whether a snapshot holds a configuration, a tokenizer and (``weights``) every weight file."""
+    if not (folder / "config.json").is_file() or not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return False
+    index = folder / "model.safetensors.index.json"
+    if not weights:
+        return True
+    if index.is_file():
+        return all((folder / file).is_file() for file in json.loads(index.read_text())["weight_map"].values())
+    return any(folder.glob("*.safetensors"))
 
 
 @contextmanager
@@ -144,6 +190,13 @@ def _one_line(what: str, name: str) -> Iterator[None]:
     except (OSError, ValueError, ImportError) as error:
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ConfigError(f"model: the {what} of {name} cannot be loaded: {first}") from error
+
+
+def _no_bars() -> None:
+    """Weights are read and written in silence from here on; a download, before, shows its progress."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _hf_config(config: ModelConfig, source: str) -> Any:
@@ -236,14 +289,8 @@ def _check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
         raise ConfigError(f"model: the tokenizer of {name} has ids up to {highest}, the embedding only {rows} rows")
 
 
-def _fingerprint(source: str, config: ModelConfig) -> str:
-    """Of the weight files' contents; a hub model is identified by the files in the local snapshot."""
-    folder = Path(source)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        with _one_line("snapshot", config.name_or_path):
-            folder = Path(snapshot_download(source, revision=config.revision, local_files_only=True))
+def _fingerprint(folder: Path, config: ModelConfig) -> str:
+    """Of the configuration and the weight files' contents."""
     digest = hashlib.sha256()
     files = sorted(folder.glob("*.safetensors"))
     digest.update(json.dumps([config.trust_remote_code, (folder / "config.json").read_text()]).encode())

@@ -6,6 +6,7 @@ Rank 0 only.  Nothing here can change a number or an exit code: a tracker that c
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -30,14 +31,18 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """One JSON object a line: step, attempt, metrics; flushed at once, so that a killed run keeps its history."""
+    """One JSON object a line: step, attempt, metrics; flushed at once, so that a killed run keeps its history.
+
+    JSON has no NaN: a figure that is not finite (of a skipped step) is null.
+    """
 
     def __init__(self, path: Path, attempt: int) -> None:
         self._file = path.open("a", encoding="utf-8")
         self._attempt = attempt
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, "attempt": self._attempt, **metrics}) + "\n")
+        plain = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._file.write(json.dumps({"step": step, "attempt": self._attempt, **plain}, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:

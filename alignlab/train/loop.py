@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -89,9 +88,13 @@ def fit(
         plan = plans.at(step)
         context = context_of(plans, plan, step, optim, seed, progress)
         context = with_statistics(engine, objective, batches, plan, context)
-        loss = accumulate(engine, objective, batches, plan, context, meter, backward=True)
+        of_step = Meter()
+        loss = accumulate(engine, objective, batches, plan, context, of_step, backward=True)
         info = engine.step(learning_rate(optim, step, plans.total_steps))
         if info.updated:
+            meter.merge(of_step)
+            interval_loss += loss
+            interval_steps += 1
             progress.skipped_in_a_row = 0
             if hasattr(objective, "end_of_step"):
                 progress.objective_state = objective.end_of_step(context)
@@ -100,11 +103,10 @@ def fit(
             _nonfinite(engine, train, step, loss, info.grad_norm, progress)
         progress.step = step + 1
         progress.num_tokens += plan.num_tokens
-        interval_loss += loss
-        interval_steps += 1
         metrics = None
         if progress.step % train.logging_steps == 0 or progress.step == plans.total_steps:
-            metrics = _reduced(engine, meter, interval_loss / interval_steps)
+            # Skipped steps leave no trace in the means; an interval of nothing else has no loss to show.
+            metrics = _reduced(engine, meter, interval_loss / interval_steps if interval_steps else loss)
             metrics |= {
                 "grad_norm": info.grad_norm,
                 "learning_rate": learning_rate(optim, step, plans.total_steps),
@@ -142,4 +144,3 @@ def _nonfinite(engine: Any, train: TrainConfig, step: int, loss: torch.Tensor, n
         )
     if progress.skipped_in_a_row >= SKIPS_IN_A_ROW:
         raise NumericsError(f"{what}: {SKIPS_IN_A_ROW} steps in a row were not finite; parameters are unchanged")
-    assert math.isnan(norm) or math.isinf(norm) or not math.isfinite(value)

@@ -52,6 +52,7 @@ def collect() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "host": socket.gethostname(),
+        "folder": os.getcwd(),
         "cpus": os.cpu_count(),
         "packages": versions,
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},

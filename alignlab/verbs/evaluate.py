@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def trained(request: Request) -> tuple[RootConfig, RunFolder | None]:
         raise ConfigError(
             f"{request.verb} takes a run or a model as its first argument: alignlab {request.verb} runs/x"
         )
-    target = Path(request.target).expanduser()
+    target = Path(os.path.expanduser(request.target))
     if request.file is None:
         return config, None
     folder = RunFolder(request.file.parent)

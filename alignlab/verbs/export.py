@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def run(request: Request) -> int:
         finally:
             dist.shutdown()
     if any(word.startswith("output_dir=") for word in request.overrides):
-        wanted = Path(config.output_dir).expanduser()
+        wanted = Path(os.path.expanduser(config.output_dir))
         if wanted.exists():
             raise ConfigError(f"export: {wanted} exists already; name a new folder")
         shutil.copytree(target, wanted)

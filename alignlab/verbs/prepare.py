@@ -9,6 +9,7 @@ from alignlab.cli import Request, emit
 from alignlab.config import RootConfig
 from alignlab.data import cache
 from alignlab.job import JobData, assemble, attach_reference, prepare_data
+from alignlab.models.load import fetch
 
 
 def run(request: Request) -> int:
@@ -21,6 +22,9 @@ def run(request: Request) -> int:
         from alignlab.engine import deepspeed
 
         deepspeed.prebuild(lambda line: print(f"op       {line}"))
+    fetch(config.model)
+    if config.reference.name_or_path is not None and config.reference.name_or_path != config.model.name_or_path:
+        fetch(replace(config.model, name_or_path=config.reference.name_or_path, revision=None))
     data = prepare_data(config)
     accounts = {"train": data.train.manifest}
     if data.held_out is not None:

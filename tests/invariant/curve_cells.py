@@ -12,6 +12,7 @@ from typing import Any
 from alignlab import worker
 from alignlab.compose import compose
 from alignlab.data import world
+from alignlab.engine import deepspeed
 from alignlab.errors import Preempted
 from alignlab.models import tiny
 from alignlab.runfolder import RunFolder
@@ -108,4 +109,5 @@ def run(root: Path, name: str, cell: dict[str, Any]) -> dict[str, Any]:
 
 def everything(folder: str, cells: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """All cells of this world size, in order."""
+    deepspeed.PERSISTENCE = 0  # ZeRO-3 keeps small parameters whole, and here all are small
     return {name: run(Path(folder), name, cell) for name, cell in cells.items()}

@@ -1,0 +1,190 @@
+"""The loop around a small scorer: what it trains, logs, skips and refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from alignlab.config import EngineConfig, OptimConfig, TrainConfig
+from alignlab.engine.base import make_engine
+from alignlab.errors import NumericsError
+from alignlab.metrics import stat
+from alignlab.train.evaluation import evaluate
+from alignlab.train.logging import JsonLines
+from alignlab.train.loop import SKIPS_IN_A_ROW, Progress, context_of, fit
+from alignlab.types import LossOutput, Unit
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "distributed"))
+from toy import Toy, micro_batches
+
+STEPS = 6
+OPTIM = OptimConfig(learning_rate=0.01, warmup_steps=0, lr_scheduler_type="constant")
+
+
+class Plans:
+    """Steps of the toy's micro-batches."""
+
+    total_steps = STEPS
+
+    def at(self, step: int) -> Any:
+        batches = micro_batches(step)
+        tokens = sum(len(b.targets) for b in batches)
+        return SimpleNamespace(
+            step=step, totals={Unit.TOKEN: float(tokens)}, num_tokens=tokens + len(batches), epoch=(step + 1) / STEPS,
+            for_rank=lambda rank: batches,
+        )  # fmt: skip
+
+
+class Batches:
+    def of(self, plan: Any, select: str = "main") -> Any:
+        return iter(plan.for_rank(0))
+
+
+class Mean:
+    """Mean loss over the targets; not finite at the steps of ``poison``."""
+
+    def __init__(self, poison: tuple[int, ...] = ()) -> None:
+        self.poison = poison
+        self.training: list[bool] = []
+
+    def __call__(self, score: Any, batch: Any, context: Any) -> LossOutput:
+        losses = -score(batch, None).logps
+        self.training.append(context.training)
+        if context.step in self.poison:
+            losses = losses * math.nan
+        return LossOutput({Unit.TOKEN: losses.sum()}, {"nll": stat(losses)})
+
+
+class Record:
+    """Hooks that keep the reports; ``stop_at`` ends the run there."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.reports: list[Any] = []
+        self.stop_at = stop_at
+
+    def after_step(self, report: Any) -> bool:
+        self.reports.append((report.progress.step, report.metrics))
+        return report.progress.step == self.stop_at
+
+
+def engine_of(seed: int = 0) -> Any:
+    return make_engine("local", Toy(seed), OPTIM, EngineConfig(name="local"), torch.float32)
+
+
+def weights(engine: Any) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in engine.module.state_dict().items()}
+
+
+def train(engine: Any, objective: Any, hooks: Any, *, progress: Progress | None = None, **keys: Any) -> Progress:
+    saved = keys.pop("saved", [])
+    return fit(
+        engine, objective, Plans(), Batches(), OPTIM, TrainConfig(**keys), 0, progress or Progress(), hooks,
+        save_batch=lambda plan: saved.append(plan.step),
+    )  # fmt: skip
+
+
+def test_the_logged_loss_is_the_mean_over_the_steps_tokens_and_over_the_interval() -> None:
+    every, third = Record(), Record()
+    train(engine_of(), Mean(), every)
+    progress = train(engine_of(), Mean(), third, logging_steps=4)
+    losses = [metrics["loss"] for _, metrics in every.reports]
+    assert [m["nll"] for _, m in every.reports] == pytest.approx(losses, rel=1e-6)
+    logged = {step: metrics["loss"] for step, metrics in third.reports if metrics is not None}
+    assert logged == {4: pytest.approx(sum(losses[:4]) / 4), 6: pytest.approx(sum(losses[4:]) / 2)}
+    assert progress.num_tokens == sum(Plans().at(step).num_tokens for step in range(STEPS))
+    assert every.reports[-1][1]["epoch"] == 1.0
+    assert losses[-1] < losses[0]
+
+
+def test_a_stopped_run_goes_on_from_its_progress() -> None:
+    whole, first, second = Record(), Record(stop_at=2), Record()
+    train(engine_of(), Mean(), whole)
+    engine = engine_of()
+    progress = train(engine, Mean(), first)
+    assert progress.step == 2
+    train(engine, Mean(), second, progress=progress)
+    assert first.reports + second.reports == whole.reports
+
+
+def test_a_step_that_is_not_finite_stops_the_run_and_updates_nothing() -> None:
+    engine, before, saved, hooks = engine_of(), {}, [], Record()
+
+    class Watching(Mean):
+        def __call__(self, score: Any, batch: Any, context: Any) -> LossOutput:
+            if context.step == 2 and not before:
+                before.update(weights(engine))
+            return super().__call__(score, batch, context)
+
+    with pytest.raises(NumericsError, match=r"loss nan and gradient norm nan at step 3 .*nonfinite=skip"):
+        train(engine, Watching(poison=(2,)), hooks, saved=saved)
+    assert saved == [2]
+    assert [step for step, _ in hooks.reports] == [1, 2]
+    assert all(torch.equal(value, before[name]) for name, value in weights(engine).items())
+
+
+def test_a_skipped_step_updates_nothing_and_stays_out_of_the_figures(tmp_path: Path) -> None:
+    engine, hooks, saved = engine_of(), Record(), []
+    progress = train(engine, Mean(poison=(1, 4)), hooks, nonfinite="skip", logging_steps=3, saved=saved)
+    assert (progress.step, progress.skipped, progress.skipped_in_a_row, saved) == (STEPS, 2, 0, [1, 4])
+    assert engine.updates == STEPS - 2
+    figures = [metrics for _, metrics in hooks.reports if metrics is not None]
+    assert all(math.isfinite(value) for metrics in figures for value in metrics.values())
+    assert figures[-1]["skipped_steps"] == 2
+
+
+def test_an_interval_of_skipped_steps_only_is_valid_json(tmp_path: Path) -> None:
+    hooks = Record()
+    train(engine_of(), Mean(poison=(1,)), hooks, nonfinite="skip")
+    sink = JsonLines(tmp_path / "metrics.jsonl", attempt=1)
+    for step, metrics in hooks.reports:
+        sink.write(step, metrics)
+    sink.close()
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert [row["loss"] is None for row in rows] == [step == 1 for step in range(STEPS)]
+    assert rows[1]["grad_norm"] is None
+    assert "nll" not in rows[1]
+
+
+def test_too_many_skips_in_a_row_stop_the_run() -> None:
+    hooks = Record()
+    with pytest.raises(NumericsError, match=f"{SKIPS_IN_A_ROW} steps in a row"):
+        train(engine_of(), Mean(poison=tuple(range(STEPS))), hooks, nonfinite="skip")
+    assert len(hooks.reports) == SKIPS_IN_A_ROW - 1
+
+
+def test_state_of_an_objective_travels_in_the_progress() -> None:
+    class Counting(Mean):
+        def end_of_step(self, context: Any) -> dict[str, float]:
+            return {"seen": context.state.get("seen", 0.0) + 1}
+
+    progress = train(engine_of(), Counting(poison=(3,)), Record(), nonfinite="skip")
+    assert progress.objective_state == {"seen": STEPS - 1.0}
+
+
+def test_evaluation_is_the_plain_mean_and_leaves_the_model_alone() -> None:
+    engine, objective = engine_of(), Mean()
+    before = weights(engine)
+    plans = Plans()
+    context = context_of(plans, plans.at(0), 0, OPTIM, 0, Progress())
+    found = evaluate(engine, objective, plans, Batches(), context)
+    with torch.no_grad():
+        logps = torch.cat([engine.module(batch, None).logps for batch in micro_batches(0)])
+    assert found == {
+        "eval_loss": pytest.approx(-logps.mean().item(), rel=1e-6),
+        "eval_nll": pytest.approx(-logps.mean().item(), rel=1e-6),
+    }
+    assert not any(objective.training)
+    assert all(torch.equal(value, before[name]) for name, value in weights(engine).items())
+    assert all(p.grad is None for p in engine.module.parameters())
