@@ -29,8 +29,8 @@ from alignlab import compose, names, plugins, yamlio
 from alignlab.checks import redact
 from alignlab.cli import Request, emit
 from alignlab.config import RootConfig, RunConfig
-from alignlab.errors import AlignlabError, ConfigError, HangError, Preempted
-from alignlab.runfolder import RunFolder, write_atomic
+from alignlab.errors import AlignlabError, ConfigError, HangError
+from alignlab.runfolder import RunFolder, state_of, write_atomic
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 SHUTDOWN_SECONDS = 150
@@ -146,7 +146,7 @@ def settle(folder: RunFolder, request: Request) -> str:
                 raise ConfigError(f"resume=never, but {folder} holds a run; add overwrite=true to replace it")
             folder.clear()
         elif differing := differences(folder, config):
-            if not config.overwrite:
+            if folder.begun and not config.overwrite:
                 raise ConfigError(
                     f"{folder} holds another run ({'; '.join(differing[:4])}); "
                     "choose another run.name, or add overwrite=true to replace it"

@@ -62,8 +62,13 @@ class RunFolder:
 
     @property
     def exists(self) -> bool:
-        """Whether a run has begun here."""
+        """Whether a run was started here."""
         return self.run_yaml.exists()
+
+    @property
+    def begun(self) -> bool:
+        """Whether the run here has done a step; a start that failed before holds nothing to protect."""
+        return bool(self.status().get("step")) or any(self.checkpoints.glob("checkpoint-*"))
 
     @property
     def foreign(self) -> bool:

@@ -21,7 +21,7 @@ from alignlab import names, schema, yamlio
 from alignlab.cli import Request, emit, make_request
 from alignlab.errors import AlignlabError, ConfigError, Preempted
 from alignlab.launch import die_with_parent, forwarding
-from alignlab.runfolder import RunFolder, write_atomic
+from alignlab.runfolder import RunFolder, state_of, write_atomic
 
 MANAGED = ("run.name", "output_dir")
 

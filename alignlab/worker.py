@@ -118,10 +118,11 @@ def _train(job: Job, folder: RunFolder, console: Console, stop: StopFlag, starte
         if before and progress.step == 0:
             hooks.log_metrics(0, before)
         if progress.step < job.plans.total_steps:
-            progress = fit(
-                engine, objective, job.plans, job.loader, config.optim, config.train, config.seed, progress, hooks,
-                save_batch=lambda plan: _save_nonfinite(job, folder, plan),
-            )  # fmt: skip
+            with _memory_errors(job):
+                progress = fit(
+                    engine, objective, job.plans, job.loader, config.optim, config.train, config.seed, progress, hooks,
+                    save_batch=lambda plan: _save_nonfinite(job, folder, plan),
+                )  # fmt: skip
         if progress.step < job.plans.total_steps:
             raise Preempted(f"stopped at step {progress.step} of {job.plans.total_steps}; the same command goes on")
         after = held_out(progress) if hooks.evaluate else {}
@@ -180,6 +181,22 @@ def _save_nonfinite(job: Job, folder: RunFolder, plan: Any) -> None:
     samples = sorted({item.sample for one in plan.bins for item in one.items if one.weight})
     found = [{"id": index.sample_id(s), "source": index.source(s)} for s in samples]
     write_atomic(folder.path / "nonfinite.json", json.dumps({"step": plan.step + 1, "samples": found}, indent=1))
+
+
+@contextmanager
+def _memory_errors(job: Job) -> Iterator[None]:
+    """Out of memory: the rank, the rows of the micro-batch, and the setting to try."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        alone = job.loader.current is None or job.loader.current.last.numel() == 1
+        knob = "data.max_length" if alone else "train.token_budget"
+        raise OutOfMemoryError(
+            f"rank {dist.rank()}: {str(error).splitlines()[0]} At rows {job.loader.current_text()}. "
+            f"Lower {knob}, or set train.gradient_checkpointing=true"
+        ) from error
 
 
 def _status(folder: RunFolder, **changes: Any) -> None:

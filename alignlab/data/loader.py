@@ -26,6 +26,8 @@ class Loader:
         mixes_inputs: bool = False, pad_id: int = 0, merge_prompts: bool = False, max_length: int | None = None,
     ) -> None:  # fmt: skip
         self.index, self.device, self.rank = index, device, rank
+        self.current: PackedBatch | None = None
+        """the micro-batch handed over last"""
         self.values: dict[str, np.ndarray] = {}
         self.mismatched_values: dict[str, Mapping[tuple[int, int], float]] = {}
         self._pack = partial(
@@ -33,10 +35,22 @@ class Loader:
             merge_prompts=merge_prompts, max_length=max_length,
         )  # fmt: skip
 
+    def current_text(self) -> str:
+        """The rows of the current micro-batch, longest first: ``row-17 (812 tokens), ...``."""
+        if self.current is None:
+            return "no row"
+        numbers = np.unique(self.current.sequence_ids.cpu().numpy())
+        numbers = numbers[np.argsort(-self.index.lengths[numbers], kind="stable")]
+        samples = np.searchsorted(self.index.sample_ptr, numbers, side="right") - 1
+        named = zip(samples.tolist(), self.index.lengths[numbers].tolist(), strict=True)
+        shown = [f"{self.index.sample_id(sample)} ({length:,} tokens)" for sample, length in named]
+        return ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")
+
     def of(self, plan: Any, select: str = "main") -> Iterator[PackedBatch]:
         """This rank's micro-batches of ``plan``; ``select="mismatched"`` gives KTO's partner rows instead."""
         values = self.values if select == "main" else self.mismatched_values
         make = partial(self._pack, select=select, values=values)
         with Prefetcher(plan.for_rank(self.rank), make) as batches:
             for batch in batches:
+                self.current = batch
                 yield to_device(batch, self.device)

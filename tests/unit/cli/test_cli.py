@@ -163,3 +163,10 @@ def test_targets(tmp_path: Path) -> None:
         assert request.config.objective.name == "sft"
     plain = cli.make_request("evaluate", ["Qwen/Qwen3-0.6B", "data=sums"])
     assert plain.config.model.name_or_path == "Qwen/Qwen3-0.6B"
+
+
+@pytest.mark.parametrize("word", ["~nobody-here", "~nobody-here/runs"])
+def test_a_tilde_of_nobody_is_a_name_like_any_other(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["show", word]) in (0, 2)
+    assert cli.main(["train", word]) == 2
+    assert f"no such file: {word}" in capsys.readouterr().err

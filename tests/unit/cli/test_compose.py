@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 from pathlib import Path
@@ -406,3 +407,25 @@ def test_nothing_of_the_environment_enters() -> None:
     before = compose(BASE).config
     os.environ["HYDRA_FULL_ERROR"] = "0"
     assert compose(BASE).config == before
+
+
+def test_a_runs_own_file_means_the_same_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, run, other = tmp_path / "start", tmp_path / "start/runs/x", tmp_path / "other"
+    for folder in (run, other):
+        folder.mkdir(parents=True)
+    for name in ("rows.jsonl", "held.jsonl"):
+        (start / name).write_text("{}\n")
+    text = {
+        "model.name_or_path": "tiny", "objective": "sft", "data.sources": [{"path": "rows.jsonl", "weight": 2.0}],
+        "data.eval_path": "held.jsonl", "output_dir": "runs",
+    }  # fmt: skip
+    (run / "run.yaml").write_text(json.dumps(text))
+    (run / "env.json").write_text(json.dumps({"folder": str(start)}))
+    monkeypatch.chdir(other)
+    config = compose(file=run / "run.yaml").config
+    assert config.data.sources[0].path == str(start / "rows.jsonl")
+    assert (config.data.eval_path, config.output_dir) == (str(start / "held.jsonl"), str(start / "runs"))
+    assert config.model.name_or_path == "tiny"
+    assert compose(["output_dir=here"], file=run / "run.yaml").config.output_dir == "here"
+    monkeypatch.chdir(start)
+    assert compose(file=run / "run.yaml").config.output_dir == "runs"

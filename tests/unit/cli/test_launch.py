@@ -100,7 +100,7 @@ def test_an_unfinished_run_goes_on_and_another_one_is_refused(monkeypatch: pytes
 
 def test_changed_contents_are_another_run(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("rows.jsonl").write_text("{}\n")
-    worker(monkeypatch, lambda folder: folder.write_status(state="failed", exit_code=3, error="nan") and 3)
+    worker(monkeypatch, lambda folder: folder.write_status(state="failed", step=5, exit_code=3, error="nan") and 3)
     with pytest.raises(AlignlabError, match="nan") as caught:
         launch.launch(request("data=rows.jsonl"))
     assert caught.value.exit_code == 3

@@ -12,6 +12,7 @@ import pytest
 
 from alignlab import compose as compose_module
 from alignlab import plugins
+from alignlab import registry as registries
 from alignlab.compose import compose
 from alignlab.errors import ConfigError
 
@@ -35,6 +36,13 @@ MINE = """
     def rows(row):
         raise NotImplementedError
 """
+
+
+@pytest.fixture(autouse=True)
+def own_registries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is gone after it."""
+    for registry in (registries.OBJECTIVES, registries.FORMATS, registries.VERIFIERS):
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
 
 
 def write(folder: Path, name: str) -> Path:
@@ -119,3 +127,27 @@ def test_recipes_cannot_bring_code(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.undo()
         for cached in (groups.options, groups.option_values, groups._composed):
             cached.cache_clear()
+
+
+def test_decorators_work_bare_and_with_a_name() -> None:
+    @registries.register_format
+    def bare_rows(row: dict[str, object]) -> None: ...
+
+    @registries.register_format("named_rows")
+    def other(row: dict[str, object]) -> None: ...
+
+    @registries.register_verifier
+    def bare_check(verify: dict[str, object], text: str) -> dict[str, float]:
+        return {}
+
+    @registries.register_objective("named_objective")
+    class Mine:
+        pass
+
+    assert registries.FORMATS.get("bare_rows") is bare_rows
+    assert registries.FORMATS.get("named_rows") is other
+    assert registries.VERIFIERS.get("bare_check") is bare_check
+    assert registries.OBJECTIVES.get("named_objective") is Mine
+    assert Mine.name == "named_objective"  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="registered already"):
+        registries.register_format("named_rows")(bare_rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,9 @@ from alignlab.errors import ConfigError
 from alignlab.models import tiny
 from alignlab.models.head import ScalarHead
 from alignlab.models.load import (
+    _source,
     disable_dropout,
+    fetch,
     load_model,
     load_tokenizer,
     max_positions,
@@ -201,3 +204,55 @@ def test_disable_dropout():
     assert torch.equal(model(ids).logits, model(ids).logits)
     assert all(m.p == 0 for m in model.modules() if isinstance(m, nn.Dropout))
     assert model.config.attn_pdrop == 0.1
+
+
+class Hub:
+    """Stands in for ``snapshot_download``: what is on the hub, what is here, and what was asked over the network."""
+
+    def __init__(self, folder: Path, remote: dict[str, str]) -> None:
+        self.folder, self.remote = folder, remote
+        self.asked: list[tuple[str, str | None, bool]] = []
+
+    def __call__(
+        self, name: str, *, revision: str | None = None, local_files_only: bool = False, allow_patterns: Any = None
+    ) -> str:
+        if local_files_only:
+            if not self.folder.is_dir():
+                raise FileNotFoundError(name)
+            return str(self.folder)
+        self.asked.append((name, revision, "*.safetensors" in allow_patterns))
+        if not self.remote:
+            raise FileNotFoundError("no connection")
+        self.folder.mkdir(exist_ok=True)
+        for file, text in self.remote.items():
+            if any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns):
+                (self.folder / file).write_text(text)
+        return str(self.folder)
+
+
+SHARDS = '{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}'
+
+
+def test_a_hub_model_is_fetched_once_and_without_its_weights_where_none_are_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = ("config.json", "tokenizer.json", "model-1.safetensors", "model-2.safetensors", "pytorch_model.bin")
+    hub = Hub(tmp_path / "snapshot", dict.fromkeys(files, "{}") | {"model.safetensors.index.json": SHARDS})
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
+    config = ModelConfig(name_or_path="owner/name", revision="abc")
+    assert _source(config) == _source(config) == str(hub.folder)
+    assert hub.asked == [("owner/name", "abc", False)], "the small files, once"
+    assert not list(hub.folder.glob("*.safetensors"))
+    fetch(config)
+    _source(config, weights=True)
+    assert hub.asked[1:] == [("owner/name", "abc", True)], "the weights, once: training opens no connection"
+    assert not (hub.folder / "pytorch_model.bin").exists(), "pickles stay where they are"
+    (hub.folder / "model-2.safetensors").unlink()
+    fetch(config)
+    assert len(hub.asked) == 3, "half a snapshot is completed"
+
+
+def test_a_name_that_is_nowhere_is_answered_with_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", Hub(tmp_path / "none", {}))
+    with pytest.raises(ConfigError, match=r"no folder tinny here, and the hub .* did you mean tiny\?"):
+        _source(ModelConfig(name_or_path="tinny"))

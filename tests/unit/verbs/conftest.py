@@ -91,5 +91,3 @@ def start(home: Path) -> Callable[..., subprocess.Popen[str]]:
         )  # fmt: skip
 
     return command
-
-

@@ -76,10 +76,12 @@ def test_several_ranks_read_the_numbers_of_a_named_reference(
     named = [*settings, f"reference={trained / 'model'}"]
     config = compose(named).config
     job = assemble(config, prepare_data(config))
-    with monkeypatch.context() as several, pytest.raises(ConfigError, match="alignlab prepare"):
+    with monkeypatch.context() as several:
         several.setattr(job_module.dist, "world_size", lambda: 2)
-        attach_reference(job)
-    assert run("prepare", *named, "reference.compute=true", "--json").json["reference"]["name"] == str(trained / "model")
+        with pytest.raises(ConfigError, match="alignlab prepare"):
+            attach_reference(job)
+    made = run("prepare", *named, "reference.compute=true", "--json").json
+    assert made["reference"]["name"] == str(trained / "model")
     with monkeypatch.context() as several:
         several.setattr(job_module.dist, "world_size", lambda: 2)
         assert attach_reference(job) == 0.0
