@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +25,8 @@ from alignlab.config import RootConfig
 from alignlab.engine import checkpoint
 from alignlab.errors import AlignlabError, ConfigError, HangError, OutOfMemoryError, Preempted
 from alignlab.export import export_model
-from alignlab.job import Job, JobData, assemble, attach_reference, prepare_data
+from alignlab.header import done_text, header, write_data_account
+from alignlab.job import Job, assemble, attach_reference, prepare_data
 from alignlab.launch import captured_output, die_with_parent
 from alignlab.runfolder import RunFolder, state_of, write_atomic
 from alignlab.schema import flatten
@@ -33,7 +34,6 @@ from alignlab.train.evaluation import evaluate
 from alignlab.train.hooks import RunHooks
 from alignlab.train.logging import Console, make_sinks
 from alignlab.train.loop import Progress, context_of, fit
-from alignlab.types import Unit
 from alignlab.verification import as_json, verified
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -74,7 +74,7 @@ def run(config: RootConfig, folder: RunFolder, stop: StopFlag, stream: TextIO) -
     """
     console = Console(stream, quiet=not dist.is_main())
     started = time.perf_counter()
-    data = _prepare_on_each_node(config)
+    data = prepare_data(config)  # before the process group exists; one rank of a node builds, the others wait
     dist.init(timeout=config.engine.timeout, group=config.engine.name.startswith("zero"))
     dist.agree("the data index", data.train.index.hash)
     job = assemble(config, data)
@@ -85,11 +85,6 @@ def run(config: RootConfig, folder: RunFolder, stop: StopFlag, stream: TextIO) -
         job.engine.close()
 
 
-def _prepare_on_each_node(config: RootConfig) -> JobData:
-    """Rows become an index before the process group exists: local rank 0 makes it, the others wait at its lock."""
-    return prepare_data(config)
-
-
 def _train(job: Job, folder: RunFolder, console: Console, stop: StopFlag, started: float) -> dict[str, float]:
     config, engine, objective = job.config, job.engine, job.data.objective
     checkpoint.clean(folder.checkpoints)
@@ -97,8 +92,8 @@ def _train(job: Job, folder: RunFolder, console: Console, stop: StopFlag, starte
     progress = _resume(job, folder)
     attempt = int(folder.status().get("attempt", 1))
     if dist.is_main():
-        _write_data_account(folder, job)
-        for head, text in _header(job, folder, progress, reference_seconds):
+        write_data_account(folder, job)
+        for head, text in header(job, folder, progress, reference_seconds):
             console.line(head, text)
     sinks = make_sinks(config.logger, folder.path, attempt, folder.name, flatten(config)) if dist.is_main() else []
 
@@ -111,7 +106,7 @@ def _train(job: Job, folder: RunFolder, console: Console, stop: StopFlag, starte
         save=lambda now: _save(job, folder, now),
         export=lambda step: export_model(job, folder.exports / f"step-{step}"),
         write_status=lambda now: _status(folder, state="running", step=now.step, total=job.plans.total_steps),
-        stop_requested=stop,
+        stop_requested=stop, data_wait=lambda: job.loader.waited,
     )  # fmt: skip
     try:
         before = held_out(progress) if hooks.evaluate and progress.step == 0 else _first_held_out(folder)
@@ -133,7 +128,7 @@ def _train(job: Job, folder: RunFolder, console: Console, stop: StopFlag, starte
         hooks.close()
     if dist.is_main():
         write_atomic(folder.path / "result.json", json.dumps({"before": before, "after": after}, indent=1) + "\n")
-        console.line("done", _done_text(before, after, folder, time.perf_counter() - started))
+        console.line("done", done_text(before, after, folder, time.perf_counter() - started))
     return after
 
 
@@ -242,97 +237,6 @@ def _held_out(job: Job, folder: RunFolder, progress: Progress) -> dict[str, floa
 def _first_held_out(folder: RunFolder) -> dict[str, float]:
     path = folder.eval / "step-0.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# What the user reads
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def _write_data_account(folder: RunFolder, job: Job) -> None:
-    folder.data.mkdir(exist_ok=True)
-    prepared = job.data.train
-    accounts = {"train": prepared.manifest}
-    if job.data.held_out is not None:
-        accounts["held_out"] = job.data.held_out.manifest
-    write_atomic(folder.data / "manifest.json", json.dumps(accounts, indent=1, ensure_ascii=False) + "\n")
-    write_atomic(folder.data / "rejected.jsonl", (prepared.folder / "rejected.jsonl").read_text(encoding="utf-8"))
-    from alignlab.verbs.inspect import sample_text  # the one place that draws rows; not needed on other ranks
-
-    first = [sample_text(prepared.index.sample(i), job.data.tokenizer) for i in range(min(3, len(prepared.index)))]
-    write_atomic(folder.data / "samples.txt", "\n\n".join(first) + "\n")
-
-
-def _header(job: Job, folder: RunFolder, progress: Progress, seconds: float) -> list[tuple[str, str]]:
-    """The lines before the first step (interface: about ten lines)."""
-    config, objective, manifest = job.config, job.data.objective, job.data.train.manifest
-    total = job.plans.total_steps
-    if progress.step >= total:
-        state = "finished"
-    else:
-        state = f"resumed at {progress.step}" if progress.step else "new"
-    dropped = manifest["read"] - manifest["kept"]
-    reasons = ", ".join(f"{name} {n}" for name, n in sorted(manifest["dropped"].items()))
-    share = 100 * manifest["target_tokens"] / max(1, manifest["tokens"])
-    plain = sum(map(int, job.data.train.index.lengths))
-    tree = int(job.data.train.index.tree_tokens(objective.mixes_inputs).sum())
-    saved = f" ({plain / tree:.2g}x fewer tokens)" if job.scorer.layout == "tree" and tree < plain else ""
-    units = "pairs" if objective.example is Unit.PAIR else "sequences"
-    lines = [
-        ("run", f"{folder.name} -> {folder.path}   ({state})"),
-        ("object", _object_text(config, objective, seconds)),
-        (
-            "data",
-            f"{manifest['read']:,} read = {manifest['kept']:,} kept + {dropped:,} dropped"
-            + (f" ({reasons}: data/rejected.jsonl)" if dropped else ""),
-        ),
-        (
-            "masks",
-            f"{share:.0f}% of tokens supervised, terminator in {manifest['terminated']:,} of "
-            f"{manifest['turns']:,} turns   template {manifest['template']}",
-        ),
-        ("model", f"{_parameters(job)}   {str(job.loaded.dtype).removeprefix('torch.')}   {job.layout_line}"),
-        (
-            "batch",
-            f"{config.train.global_batch_size} {units} = {job.engine.dp} rank{'s' * (job.engine.dp > 1)}, "
-            f"up to {job.plans.limits.token_budget:,} tokens a micro-batch; layout {job.scorer.layout}{saved}   "
-            f"{total} steps   engine {job.engine.name}",
-        ),
-    ]
-    return lines
-
-
-def _parameters(job: Job) -> str:
-    parameters = list(job.loaded.model.parameters())
-    count = [getattr(p, "ds_numel", p.numel()) for p in parameters]
-    trained = sum(n for n, p in zip(count, parameters, strict=True) if p.requires_grad)
-    total = sum(count)
-    return f"{total / 1e6:,.1f}M parameters" + (f", {trained / 1e6:,.2f}M trained" if trained < total else "")
-
-
-def _object_text(config: RootConfig, objective: Any, seconds: float) -> str:
-    names = {"cpo": "Controllable Preference Optimization (2402.19085), not contrastive CPO"}
-    text = names.get(objective.name, objective.name)
-    loss_type = getattr(config.objective, "loss_type", None)
-    if loss_type:
-        text += f" {loss_type if isinstance(loss_type, str) else '+'.join(loss_type)}"
-    if hasattr(config.objective, "beta") and objective.needs_reference:
-        text += f", beta {config.objective.beta:g}"
-    text += ", unit " + "+".join(unit.value for unit in objective.units)
-    if objective.needs_reference:
-        which = config.reference.name_or_path or "initial policy"
-        text += f"   reference: {which}, " + (f"computed ({seconds:.0f} s)" if seconds else "cached (0 s)")
-    return text
-
-
-def _done_text(before: Mapping[str, float], after: Mapping[str, float], folder: RunFolder, seconds: float) -> str:
-    shown = []
-    for name in ("eval_correct", "eval_accuracy", "eval_rewards/accuracies", "eval_control/match", "eval_loss"):
-        if name in after:
-            start = f"{before[name]:.3g} -> " if name in before else ""
-            shown.append(f"{name.replace('_', ' ', 1)} {start}{after[name]:.3g}")
-    text = ", ".join(shown[:2])
-    return f"{text + '   ' if text else ''}{folder.model}   {seconds:.0f} s   next: alignlab evaluate {folder.path}"
 
 
 # ---------------------------------------------------------------------------------------------------------------

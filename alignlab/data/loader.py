@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -28,6 +29,8 @@ class Loader:
         self.index, self.device, self.rank = index, device, rank
         self.current: PackedBatch | None = None
         """the micro-batch handed over last"""
+        self.waited = 0.0
+        """seconds that the caller has waited for packing so far"""
         self.values: dict[str, np.ndarray] = {}
         self.mismatched_values: dict[str, Mapping[tuple[int, int], float]] = {}
         self._pack = partial(
@@ -51,6 +54,9 @@ class Loader:
         values = self.values if select == "main" else self.mismatched_values
         make = partial(self._pack, select=select, values=values)
         with Prefetcher(plan.for_rank(self.rank), make) as batches:
+            asked = time.perf_counter()
             for batch in batches:
+                self.waited += time.perf_counter() - asked
                 self.current = batch
                 yield to_device(batch, self.device)
+                asked = time.perf_counter()

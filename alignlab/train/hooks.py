@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -35,8 +36,12 @@ class RunHooks:
     export: Callable[[int], None]
     write_status: Callable[[Progress], None]
     stop_requested: Callable[[], bool]
+    data_wait: Callable[[], float] = lambda: 0.0
+    """seconds this rank has waited for packed data so far"""
     stopped: bool = False
     _tokens_before: int = 0
+    _steps_before: int = 0
+    _waited_before: float = 0.0
     _seconds: float = 0.0
     _status_written: float = -STATUS_SECONDS
 
@@ -72,15 +77,19 @@ class RunHooks:
 
     def _log(self, progress: Progress, metrics: Mapping[str, float]) -> None:
         rate = (progress.num_tokens - self._tokens_before) / max(self._seconds, 1e-9) / self.engine.dp
-        self._tokens_before, self._seconds = progress.num_tokens, 0.0
+        wait = (self.data_wait() - self._waited_before) / max(self._seconds, 1e-9)
+        remaining = (self.total_steps - progress.step) * self._seconds / max(1, progress.step - self._steps_before)
+        self._tokens_before, self._steps_before, self._seconds = progress.num_tokens, progress.step, 0.0
+        self._waited_before = self.data_wait()
         if self.engine.rank:
             return
         extra = {"tok/s" if self.engine.device.type == "cpu" else "tok/s/gpu": count(rate)}
         if self.engine.device.type == "cuda":
             extra["mem"] = f"{torch.cuda.max_memory_allocated() / 2**30:.3g}G"
+        extra |= {"wait": f"{wait:.1%}", "ETA": str(timedelta(seconds=round(remaining)))}
         self.console.step(progress.step, self.total_steps, step_text(metrics, extra))
         for sink in self.sinks:
-            sink.write(progress.step, {**metrics, "tokens_per_second": rate, "time": time.time()})
+            sink.write(progress.step, {**metrics, "tokens_per_second": rate, "data_wait": wait, "time": time.time()})
         if time.monotonic() - self._status_written >= STATUS_SECONDS:
             self._status_written = time.monotonic()
             self.write_status(progress)
