@@ -47,25 +47,28 @@ CPO = {
 """The likelihood term keeps the style that CPSFT has taught; without it control falls as being right rises."""
 
 
-def _settings(objective: str, steps: int, rate: float, seed: int = 1, **more: Any) -> dict[str, Any]:
+def settings(objective: str, steps: int, rate: float, seed: int, **more: Any) -> dict[str, Any]:
+    """One training's keys; ``seed`` chooses the training problems, which no two stages share."""
     rows = (6 if objective in ("cpsft", "cpo") else BATCH) * steps  # about one epoch: a rated row makes several
     return {
         "objective": objective, "train.max_steps": steps, "train.global_batch_size": BATCH, "optim": "adamw",
         "optim.learning_rate": rate, "optim.warmup_ratio": 0.1, "optim.beta2": 0.99, "train.logging_steps": 5,
-        "train.token_budget": 2048,
-        "data.options": {"rows": rows, "eval_rows": 300, "seed": seed}, **HELD_OUT, **more,
+        "train.token_budget": 2048, "data.options": {"rows": rows, "eval_rows": 300, "seed": seed}, **HELD_OUT, **more,
     }  # fmt: skip
 
 
-JOBS: tuple[Job, ...] = (
-    Job("sft", None, _settings("sft", 700, 2.5e-3, seed=0)),
-    Job("dpo", "sft", _settings("dpo", SECOND, 2e-4, **{"objective.beta": 0.5})),
-    Job("cpsft", "sft", _settings("cpsft", 3 * SECOND, 2.5e-3, **STYLE)),
-    Job("sft-continued", "sft", _settings("sft", SECOND, 1e-3)),
-    Job("ift", "sft", _settings("ift", SECOND, 1e-3)),
-    Job("cpo", "cpsft", _settings("cpo", 120, 3e-4, **CPO, **STYLE)),
-    Job("reward", "sft", _settings("reward", SECOND, 1e-3, **{"objective.loss_type": "eurus"})),
-)
+def jobs(seed: int) -> tuple[Job, ...]:
+    """All trainings of one seed; the first stage sees problems ``2 seed``, the second ``2 seed + 1``."""
+    first, second = 2 * seed, 2 * seed + 1
+    return (
+        Job("sft", None, settings("sft", 700, 2.5e-3, first)),
+        Job("dpo", "sft", settings("dpo", SECOND, 2e-4, second, **{"objective.beta": 0.5})),
+        Job("cpsft", "sft", settings("cpsft", 3 * SECOND, 2.5e-3, second, **STYLE)),
+        Job("sft-continued", "sft", settings("sft", SECOND, 1e-3, second)),
+        Job("ift", "sft", settings("ift", SECOND, 1e-3, second)),
+        Job("cpo", "cpsft", settings("cpo", 120, 3e-4, second, **CPO, **STYLE)),
+        Job("reward", "sft", settings("reward", SECOND, 1e-3, second, **{"objective.loss_type": "eurus"})),
+    )
 
 
 @dataclass(frozen=True)
@@ -86,36 +89,40 @@ ROWS: tuple[Row, ...] = (
     Row("CPSFT: requested style achieved", "cpsft", "eval_control/match", control=False),
     Row("CPO: requested style achieved", "cpo", "eval_control/match", control=False),
     Row("CPO: answers right, any style", "cpo", "eval_correct", control=False),
-    Row("Eurus reward model: pairs ranked right", "reward", "eval_accuracy", control=False),
+    Row("Eurus reward: pairs ranked right", "reward", "eval_accuracy", control=False),
+    Row("Eurus reward: chosen above zero", "reward", "eval_rewards/chosen_positive", control=False),
+    Row("Eurus reward: rejected below zero", "reward", "eval_rewards/rejected_negative", control=False),
 )
 
 
-def run_job(job: Job, out: str, seed: int) -> float:
+def run_job(job: Job, out: str, seed: int, threads: int) -> float:
     """Train one job in this process (its console output goes to a file); returns the seconds it took."""
     import torch
 
     import alignlab
 
     started = time.perf_counter()
-    torch.set_num_threads(max(1, (os.cpu_count() or 2) // workers_of(sys.argv[1:])))
-    settings = {**SHARED, **job.settings, "run.name": job.name, "output_dir": out, "seed": seed}
-    settings["model"] = "tiny" if job.start is None else str(Path(out) / job.start / "model")
+    torch.set_num_threads(threads)
+    keys = {**SHARED, **job.settings, "run.name": job.name, "output_dir": out, "seed": seed}
+    keys["data.options"] = {**keys["data.options"], "eval_seed": seed}
+    keys["model"] = "tiny" if job.start is None else str(Path(out) / job.start / "model")
     log = Path(out) / f"{job.name}.console.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as stream:
         sys.stdout, keep = stream, sys.stdout
         try:
-            alignlab.run("train", None, **settings)
+            alignlab.run("train", None, **keys)
         finally:
             sys.stdout = keep
     return time.perf_counter() - started
 
 
-def train_all(out: Path, seed: int, workers: int) -> None:
+def train_all(todo: tuple[Job, ...], out: Path, seed: int, workers: int) -> None:
     """Every job as soon as its start is there, ``workers`` at a time, under one progress display."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    waiting, running = list(JOBS), {}
+    waiting, running = list(todo), {}
+    threads = max(1, (os.cpu_count() or 1) // workers)
     done: set[str | None] = {None}
     columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
@@ -127,7 +134,7 @@ def train_all(out: Path, seed: int, workers: int) -> None:
             for job in [j for j in waiting if j.start in done and len(running) < workers]:
                 if len(running) < workers:
                     waiting.remove(job)
-                    running[job.name] = pool.submit(run_job, job, str(out), seed)
+                    running[job.name] = pool.submit(run_job, job, str(out), seed, threads)
                     bars[job.name] = bar.add_task(job.name, total=job.settings["train.max_steps"])
             time.sleep(0.3)
             for name, future in list(running.items()):
@@ -149,9 +156,9 @@ def _finished(name: str, future: Future[float]) -> None:
     print(f"{name:<12} trained in {future.result():.0f} s", flush=True)
 
 
-def results(out: Path) -> dict[str, dict[str, dict[str, float]]]:
+def results(todo: tuple[Job, ...], out: Path) -> dict[str, dict[str, dict[str, float]]]:
     """Run -> {before, after} -> metric -> value."""
-    return {job.name: json.loads((out / job.name / "result.json").read_text()) for job in JOBS}
+    return {job.name: json.loads((out / job.name / "result.json").read_text()) for job in todo}
 
 
 def table(found: dict[str, dict[str, dict[str, float]]]) -> list[list[str]]:
@@ -183,12 +190,12 @@ def show(lines: list[list[str]]) -> None:
     Console(width=110).print(drawn)
 
 
-def page(out: Path, lines: list[list[str]], found: dict[str, Any], seconds: float) -> Path:
+def page(todo: tuple[Job, ...], out: Path, lines: list[list[str]], seconds: float) -> Path:
     """``report.html``: the table, the curves, and a few prompts with what the models answered."""
     sys.path.insert(0, str(HERE))
     from curves import draw
 
-    draw({job.name: out / job.name for job in JOBS}, ("loss", "grad_norm", "rewards/accuracies"), out / "curves.png")
+    draw({job.name: out / job.name for job in todo}, ("loss", "grad_norm", "rewards/accuracies"), out / "curves.png")
     cells = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
     heads = "".join(f"<th>{head}</th>" for head in HEADS)
     text = (
@@ -196,18 +203,18 @@ def page(out: Path, lines: list[list[str]], found: dict[str, Any], seconds: floa
         "<style>body{font:16px/1.5 system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem}"
         "table{border-collapse:collapse}td,th{border-bottom:1px solid #ccc;padding:.3rem .8rem;text-align:left}"
         "pre{background:#f4f4f4;padding:.6rem;white-space:pre-wrap}img{max-width:100%}</style>"
-        f"<h1>alignlab quickstart</h1><p>{len(JOBS)} trainings in {seconds:.0f} s. Measured on held-out prompts by the "
+        f"<h1>alignlab quickstart</h1><p>{len(todo)} trainings in {seconds:.0f} s. Measured on held-out prompts by the "
         f"world's verifier.</p><table><tr>{heads}</tr>{cells}</table><h2>Curves</h2><img src=curves.png alt='curves'>"
-        f"<h2>Some answers</h2>{_answers_html(out)}"
+        f"<h2>Some answers</h2>{_answers_html(todo, out)}"
     )
     path = out / "report.html"
     path.write_text(text, encoding="utf-8")
     return path
 
 
-def _answers_html(out: Path, count: int = 3) -> str:
+def _answers_html(todo: tuple[Job, ...], out: Path, count: int = 3) -> str:
     parts = []
-    for job in JOBS:
+    for job in todo:
         files = sorted((out / job.name / "eval").glob("generated-*.json"), key=lambda p: int(p.stem.split("-")[1]))
         if not files:
             continue
@@ -218,11 +225,6 @@ def _answers_html(out: Path, count: int = 3) -> str:
     return "".join(parts)
 
 
-def workers_of(arguments: list[str]) -> int:
-    given = dict(word.split("=", 1) for word in arguments if "=" in word)
-    return int(given.get("workers", min(2, os.cpu_count() or 1)))
-
-
 def main(arguments: list[str]) -> int:
     given = dict(word.split("=", 1) for word in arguments)
     unknown = set(given) - {"output_dir", "seed", "workers"}
@@ -230,12 +232,13 @@ def main(arguments: list[str]) -> int:
         print(f"unknown argument {sorted(unknown)[0]}; known: output_dir, seed, workers", file=sys.stderr)
         return 2
     out, seed = Path(given.get("output_dir", "runs/quickstart")), int(given.get("seed", 0))
+    workers = int(given.get("workers", min(2, os.cpu_count() or 1)))
     started = time.perf_counter()
-    train_all(out, seed, workers_of(arguments))
-    found = results(out)
-    lines = table(found)
+    todo = jobs(seed)
+    train_all(todo, out, seed, workers)
+    lines = table(results(todo, out))
     show(lines)
-    report = page(out, lines, found, time.perf_counter() - started)
+    report = page(todo, out, lines, time.perf_counter() - started)
     print(f"done in {time.perf_counter() - started:.0f} s; curves and answers: {report}")
     return 0
 

@@ -149,7 +149,7 @@ def rows_of(
         split = "test" if held_out and not _split_share(data) else "train"
         # The held-out problems stay the same whatever the training rows' seed, so that runs can be compared.
         seeds = {"train": int(options.pop("seed", 0)), "test": int(options.pop("eval_seed", 0))}
-        made = world.rows(needs.world_kind, counts[split], seeds[split], split, **options)
+        made = world.rows(options.pop("kind", needs.world_kind), counts[split], seeds[split], split, **options)
         return (Row("sums", number, value) for number, value in enumerate(made, 1))
     return read_rows(source.path, columns=source.columns, split=source.split, limit=data.limit, on_error=on_error)
 
