@@ -22,6 +22,7 @@ from alignlab.errors import AlignlabError, ConfigError, HangError, StorageError
 
 _control: torch_dist.ProcessGroup | None = None
 _timeout: float = 600.0
+_set_local_rank = False
 
 
 def rank() -> int:
@@ -55,9 +56,8 @@ def init(backend: str = "auto", timeout: float = 600.0, group: bool = False) -> 
     ``timeout`` is in seconds and holds for every collective.  One process needs no group unless ``group`` asks for one
     (DeepSpeed does); that one lives in memory and opens no port.
     """
-    global _control, _timeout
+    global _control, _timeout, _set_local_rank
     _timeout = timeout
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on the variable, also where there is one process
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
     if torch_dist.is_initialized() or (world_size() == 1 and not group):
@@ -66,6 +66,9 @@ def init(backend: str = "auto", timeout: float = 600.0, group: bool = False) -> 
         backend = "nccl" if torch.cuda.is_available() else "gloo"
     limit = timedelta(seconds=timeout)
     if world_size() == 1:
+        # DeepSpeed insists on the variable.  It must go again: other libraries take it for a launcher's word.
+        _set_local_rank = "LOCAL_RANK" not in os.environ
+        os.environ.setdefault("LOCAL_RANK", "0")
         torch_dist.init_process_group(backend, store=torch_dist.HashStore(), rank=0, world_size=1, timeout=limit)
     else:
         try:
@@ -77,10 +80,12 @@ def init(backend: str = "auto", timeout: float = 600.0, group: bool = False) -> 
 
 def shutdown() -> None:
     """Leave the process group, where there is one."""
-    global _control
+    global _control, _set_local_rank
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()
-    _control = None
+    if _set_local_rank:
+        os.environ.pop("LOCAL_RANK", None)
+    _control, _set_local_rank = None, False
 
 
 def barrier(timeout: float | None = None) -> None:
