@@ -37,7 +37,7 @@ class Job:
 BATCH = 24
 SECOND = 80
 """Optimizer steps of every second stage, SFT continued included."""
-HELD_OUT = {"eval.generate": 300, "eval.batch_size": 100, "eval.max_new_tokens": 64}
+HELD_OUT = {"eval.generate": 200, "eval.batch_size": 100, "eval.max_new_tokens": 64}
 STYLE = {"data.condition.buckets": [{"condition": {"steps": "any", "phrasing": "any"}, "max_count": 10**6}]}
 """Controlled: how much working is shown, how the answer is phrased.  Free, and so maximised by CPO: being right."""
 CPO = {
@@ -62,8 +62,8 @@ def jobs(seed: int) -> tuple[Job, ...]:
     first, second = 2 * seed, 2 * seed + 1
     return (
         Job("sft", None, settings("sft", 700, 2.5e-3, first)),
-        Job("dpo", "sft", settings("dpo", SECOND, 2e-4, second, **{"objective.beta": 0.5})),
         Job("cpsft", "sft", settings("cpsft", 3 * SECOND, 2.5e-3, second, **STYLE)),
+        Job("dpo", "sft", settings("dpo", SECOND, 2e-4, second, **{"objective.beta": 0.5})),
         Job("sft-continued", "sft", settings("sft", SECOND, 1e-3, second)),
         Job("ift", "sft", settings("ift", SECOND, 1e-3, second)),
         Job("cpo", "cpsft", settings("cpo", 120, 3e-4, second, **CPO, **STYLE)),
@@ -122,7 +122,7 @@ def train_all(todo: tuple[Job, ...], out: Path, seed: int, workers: int) -> None
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     waiting, running = list(todo), {}
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    cores = os.cpu_count() or 1
     done: set[str | None] = {None}
     columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
@@ -134,6 +134,7 @@ def train_all(todo: tuple[Job, ...], out: Path, seed: int, workers: int) -> None
             for job in [j for j in waiting if j.start in done and len(running) < workers]:
                 if len(running) < workers:
                     waiting.remove(job)
+                    threads = cores if job.start is None else max(1, cores // workers)  # the first one runs alone
                     running[job.name] = pool.submit(run_job, job, str(out), seed, threads)
                     bars[job.name] = bar.add_task(job.name, total=job.settings["train.max_steps"])
             time.sleep(0.3)
