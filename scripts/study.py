@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -21,6 +22,9 @@ from quickstart import SECOND, STYLE, Job, jobs, results, settings, train_all
 
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """97.5 % points of Student's t by number of seeds (degrees of freedom: one less)."""
+
+PROMPTS = 300
+"""Held-out prompts that every model answers."""
 
 COMPARED = (
     ("IFT - SFT continued", "ift", "sft-continued", "eval_correct"),
@@ -39,8 +43,8 @@ def with_controls(seed: int) -> tuple[Job, ...]:
     second = 2 * seed + 1
     chosen = settings("sft", SECOND, 1e-3, second)
     chosen["data.options"] = {**chosen["data.options"], "kind": "pairs"}
-    return (
-        *(job for job in jobs(seed)),
+    made = (
+        *jobs(seed),
         Job("sft-sequence", "sft", settings("sft", SECOND, 1e-3, second, **{"objective.unit": "sequence"})),
         Job("sft-chosen", "sft", chosen),
         Job("cpsft-continued", "cpsft", settings("cpsft", 120, 3e-4, second, **STYLE)),
