@@ -20,7 +20,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.layout": ("auto", "tree", "packed", "rows"),
     "data.overlong": ("drop", "cut", "error"),
     "data.history_reasoning": ("keep", "drop"),
-    "data.merge_prompts": ("false", "true", "global"),
+    "data.merge_prompts": ("false", "true"),
     "data.condition.position": ("user", "system"),
     "data.condition.value": ("correct", "released"),
     "optim.name": ("adamw", "rmsprop", "adamw_8bit"),

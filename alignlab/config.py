@@ -93,7 +93,7 @@ class DataConfig:
     history_reasoning: str = "keep"
     """keep: one path for all turns, with the reasoning the template keeps; drop: one path for each target turn."""
     merge_prompts: str = "false"
-    """true: rows of one step with equal prompts share it (a speed key)."""
+    """true: rows of one step with equal prompts share it (a speed key). Merging over the whole epoch: not built yet."""
     max_reject_fraction: float = 0.0
     """Share of rows that may be unreadable or of the wrong schema; above it the run stops at the first."""
     limit: int | None = None

@@ -49,6 +49,7 @@ def with_controls(seed: int) -> tuple[Job, ...]:
         Job("sft-chosen", "sft", chosen),
         Job("cpsft-continued", "cpsft", settings("cpsft", 120, 3e-4, second, **STYLE)),
     )
+    return tuple(replace(job, settings={**job.settings, "eval.generate": PROMPTS}) for job in made)
 
 
 def interval(values: list[float]) -> tuple[float, float]:

@@ -55,7 +55,7 @@ def test_every_other_key_counts() -> None:
     base = names.digest(counted)
     for key in counted:
         assert names.digest({**counted, key: "another value"}) != base
-    for token in ("objective.beta=0.2", "seed=1", "data.merge_prompts=global", "data.limit=5", "optim=rmsprop"):
+    for token in ("objective.beta=0.2", "seed=1", "data.overlong=cut", "data.limit=5", "optim=rmsprop"):
         assert name(token) != name()
 
 
