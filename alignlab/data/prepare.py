@@ -26,7 +26,7 @@ from alignlab.data.template import Dropped, Encoder
 from alignlab.errors import DataError
 from alignlab.types import EncodedSample, Sample, Unit
 
-VERSION = 2
+VERSION = 3
 """Part of every key: raise it when a change here changes what an index holds."""
 
 ADVICE = {
@@ -271,7 +271,9 @@ class _Builder:
         kept = 0
         details: dict[str, str] = {}
         for one in made:
+            self.encoder.partial.clear()
             encoded = self.encoder.encode(one)
+            lost.update(self.encoder.partial)
             if isinstance(encoded, Dropped):
                 lost[encoded.reason] += 1
                 details.setdefault(encoded.reason, encoded.detail)

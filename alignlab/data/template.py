@@ -79,7 +79,7 @@ class Encoder:
         self.overlong = overlong
         self.history_reasoning = history_reasoning
         self.partial: Counter[str] = Counter()
-        """sequences and pairs left out of rows that were kept, by reason"""
+        """sequences and pairs left out of rows that were kept, by reason; its reader clears it"""
         self._chat = Chat(tokenizer, chat_template) if tokenizer is not None else None
         self._control = frozenset(tokenizer.added_tokens_decoder if tokenizer is not None else ())
         self._to_verify = _VERIFIED
