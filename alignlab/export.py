@@ -47,12 +47,12 @@ def export_model(job: Job, target: Path) -> None:
 
 
 def _write(job: Job, model: Any, weights: Mapping[str, Tensor], pad: int | None, folder: Path) -> None:
-    before = model.config.pad_token_id, model.config._attn_implementation
+    before = model.config.pad_token_id
     model.config.pad_token_id = pad
     try:
         model.save_pretrained(folder, state_dict=_untied(model, weights))
     finally:
-        model.config.pad_token_id = before[0]
+        model.config.pad_token_id = before
     if job.data.tokenizer is not None:
         tokenizer = copy.deepcopy(job.data.tokenizer)
         if job.data.encoder.template is not None:

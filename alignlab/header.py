@@ -38,7 +38,7 @@ def header(job: Job, folder: RunFolder, progress: Progress, seconds: float) -> l
     dropped = manifest["read"] - manifest["kept"]
     reasons = ", ".join(f"{name} {n}" for name, n in sorted(manifest["dropped"].items()))
     share = 100 * manifest["target_tokens"] / max(1, manifest["tokens"])
-    plain = sum(map(int, job.data.train.index.lengths))
+    plain = int(job.data.train.index.lengths.sum())
     tree = int(job.data.train.index.tree_tokens(objective.mixes_inputs).sum())
     saved = f" ({plain / tree:.2g}x fewer tokens)" if job.scorer.layout == "tree" and tree < plain else ""
     units = "pairs" if objective.example is Unit.PAIR else "sequences"

@@ -6,6 +6,7 @@ Two halves: :func:`prepare_data` needs no device and no process group; :func:`as
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,8 +30,6 @@ from alignlab.types import Unit
 
 TOKEN_BUDGET = {"cpu": 2048, "cuda": 16384}
 """Tokens in a micro-batch when nothing is said; a speed setting."""
-
-WORLD_KINDS = {"dpo": "pairs", "kto": "pairs", "cpsft": "scored", "cpo": "scored", "reward": "trees"}
 
 
 @dataclass
@@ -68,14 +67,14 @@ def make_objective(config: RootConfig) -> Any:
 
 def needs_of(objective: Any) -> Needs:
     """What the data must hold for an objective."""
-    stage = objective.name if objective.name in ("cpsft", "cpo") else None
-    default = "pairs" if objective.example is Unit.PAIR else "demonstrations"
-    return Needs(
-        example=objective.example,
-        labels=objective.mismatched,
-        stage=stage,
-        world_kind=WORLD_KINDS.get(objective.name, default),
-    )
+    stage = getattr(objective, "stage", None)
+    if stage:
+        world_kind = "scored"
+    elif objective.head == "scalar":
+        world_kind = "trees"
+    else:
+        world_kind = "pairs" if objective.example is Unit.PAIR or objective.mismatched else "demonstrations"
+    return Needs(objective.example, objective.mismatched, stage, world_kind)
 
 
 def make_encoder(model: ModelConfig, data: DataConfig) -> tuple[Any, Encoder]:
@@ -95,7 +94,7 @@ def make_encoder(model: ModelConfig, data: DataConfig) -> tuple[Any, Encoder]:
     return tokenizer, encoder
 
 
-def prepare_data(config: RootConfig, *, train: bool = True) -> JobData:
+def prepare_data(config: RootConfig) -> JobData:
     """Prepare (or find in the cache) the rows of a job; no device, no process group."""
     objective = make_objective(config)
     needs = needs_of(objective)
@@ -180,7 +179,8 @@ def attach_reference(job: Job) -> float:
 
 def _attach(source: Job, loader: Loader, plans: Any, prepared: Prepared, *, compute: bool) -> float:
     objective = source.data.objective
-    mismatched = [plans.at(step) for step in range(plans.total_steps)] if objective.mismatched else None
+    # Plans are made as they are consumed: a pass found in the cache costs none.
+    mismatched = (plans.at(step) for step in range(plans.total_steps)) if objective.mismatched else None
     parts = {
         "model": source.loaded.fingerprint,
         "index": prepared.index.hash,
@@ -188,9 +188,9 @@ def _attach(source: Job, loader: Loader, plans: Any, prepared: Prepared, *, comp
         "peft": None if source.config.peft.name == "none" else [source.loaded.fingerprint, vars(source.config.peft)],
         "mismatched": None if mismatched is None else [source.config.seed, plans.global_batch_size, plans.total_steps],
     }
-    everything = sequential(
-        prepared.index, unit=objective.example, token_budget=plans.limits.token_budget, dp=plans.limits.dp,
-        layout=source.scorer.layout, mixes_inputs=objective.mixes_inputs,
+    everything = partial(
+        sequential, prepared.index, unit=objective.example, token_budget=plans.limits.token_budget,
+        dp=plans.limits.dp, layout=source.scorer.layout, mixes_inputs=objective.mixes_inputs,
     )  # fmt: skip
     found: Reference = reference_logps(
         source.engine, loader, everything, parts, prepared.index.num_sequences, mismatched, compute=compute

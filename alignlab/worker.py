@@ -141,8 +141,7 @@ def _save(job: Job, folder: RunFolder, progress: Progress) -> None:
     meta = {"progress": asdict(progress), "index": job.data.train.index.hash, "engine": job.engine.name}
     checkpoint.publish(folder.checkpoints, progress.step, job.engine.save, meta)
     checkpoint.retain(folder.checkpoints, job.config.train.save_total_limit)
-    if dist.is_main():
-        _status(folder, step=progress.step, checkpoint=progress.step)
+    _status(folder, step=progress.step, checkpoint=progress.step)
 
 
 def _resume(job: Job, folder: RunFolder) -> Progress:

@@ -27,6 +27,8 @@ class BaseObjective:
     head: str = "lm"
     mixes_inputs: bool = False
     mismatched: bool = False
+    stage: str | None = None
+    """``cpsft`` | ``cpo``: its rows are conditioned (data.condition)"""
     hints: ClassVar[dict[str, str]] = {}
 
     def __init__(self, config: Any = None) -> None:

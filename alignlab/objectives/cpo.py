@@ -30,7 +30,7 @@ class CPOConfig(DPOConfig):
 class CPSFT(SFT):
     """First stage: ``-log p(y | c_1 .. c_m, x)``, the conditions being tokens of the prompt (paper, section 2)."""
 
-    name = "cpsft"
+    name = stage = "cpsft"
     Config: type = CPSFTConfig
     hints: ClassVar[dict[str, str]] = {"condition": "conditions are set under data.condition"}
 
@@ -38,7 +38,7 @@ class CPSFT(SFT):
 class CPO(DPO):
     """Second stage: DPO on pairs that the preference value R ranks under the condition in their prompt (CDPO)."""
 
-    name = "cpo"
+    name = stage = "cpo"
     Config: type = CPOConfig
     hints: ClassVar[dict[str, str]] = {
         **DPO.hints,

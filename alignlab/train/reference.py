@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,16 +46,16 @@ def sequence_logps(score: Callable[[PackedBatch, Ask], Any], batch: PackedBatch)
 def reference_logps(
     engine: Any,
     batches: Batches,
-    everything: Any,
+    everything: Callable[[], Any],
     key_parts: dict[str, Any],
     num_sequences: int,
-    mismatched: list[Any] | None = None,
+    mismatched: Iterable[Any] | None = None,
     *,
     compute: bool = True,
 ) -> Reference:
     """Read the reference numbers from the cache, or compute them once and publish them.
 
-    ``everything`` is a plan over all examples; ``mismatched`` the step plans whose partner rows are needed.
+    ``everything()`` is a plan over all examples; ``mismatched`` the step plans whose partner rows are needed.
     ``key_parts`` names all that the numbers depend on (model, tokenizer and index hashes, dtype, adapter).
     Collective: every rank calls it; rank 0 writes.  Without ``compute`` numbers that are not there are a ConfigError.
     """
@@ -70,7 +70,7 @@ def reference_logps(
             "reference=true' (the same settings), then start the run"
         )
     sequences = np.full(num_sequences, np.nan)
-    ids, values = _collect(engine, batches, [everything], "main")
+    ids, values = _collect(engine, batches, [everything()], "main")
     sequences[ids[:, 0]] = values
     pairs, pair_values = np.zeros((0, 2), dtype=np.int64), np.zeros(0)
     if mismatched is not None:
@@ -82,7 +82,7 @@ def reference_logps(
     return Reference(sequences, _table(pairs, pair_values), seconds)
 
 
-def _collect(engine: Any, batches: Batches, plans: list[Any], select: str) -> tuple[np.ndarray, np.ndarray]:
+def _collect(engine: Any, batches: Batches, plans: Iterable[Any], select: str) -> tuple[np.ndarray, np.ndarray]:
     """(ids [n, 2] of (sequence, partner or -1), log-probabilities [n]) over all ranks."""
     ids, values = [], []
     with torch.no_grad():
