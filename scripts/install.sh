@@ -40,22 +40,46 @@ brings_cuda() {
   return "$cuda"
 }
 
+# uv installs in seconds what takes pip minutes.  It does not read pip's configuration, so we hand it over.
+find_uv() {
+  "$venv/bin/pip" install --quiet "uv>=0.5" >/dev/null 2>&1 || say "uv cannot be had; pip is slower and does as well"
+}
+
+pip_setting() { "$venv/bin/pip" config get "$1" 2>/dev/null || "$venv/bin/pip" config get ":env:.${1#*.}" 2>/dev/null || true; }
+
+# Install into the environment: install_packages ARGUMENTS OF PIP INSTALL
+install_packages() {
+  if [ ! -x "$venv/bin/uv" ]; then
+    "$venv/bin/pip" install --quiet "$@"
+    return
+  fi
+  local word options=(--quiet --python "$venv/bin/python")
+  for word in $(pip_setting global.find-links); do options+=(--find-links "$word"); done
+  if [[ " $* " != *" --index-url "* ]]; then
+    for word in $(pip_setting global.index-url); do options+=(--default-index "$word"); done
+    for word in $(pip_setting global.extra-index-url); do options+=(--index "$word"); done
+  fi
+  # As pip does: the best version of all indexes.
+  "$venv/bin/uv" pip install "${options[@]}" --index-strategy unsafe-best-match "$@" ||
+    { say "uv could not install $*; trying pip"; "$venv/bin/pip" install --quiet "$@"; }
+}
+
 install_torch() {
   if has_torch "$venv/bin/python"; then
     say "torch $("$venv/bin/python" -c 'import torch; print(torch.__version__)') is there already"
   elif has_gpu; then
     say "NVIDIA GPU seen: torch's default build"
-    "$venv/bin/pip" install --quiet torch
+    install_packages torch
   elif curl --silent --fail --head --max-time 5 "$cpu_index/torch/" >/dev/null 2>&1; then
     say "no NVIDIA GPU: $cpu_torch from PyTorch's CPU wheel index"
-    "$venv/bin/pip" install --quiet "$cpu_torch" --index-url "$cpu_index"
+    install_packages "$cpu_torch" --index-url "$cpu_index"
   else
     say "no NVIDIA GPU: $cpu_torch from the package index"
     local status=0
     brings_cuda "$cpu_torch" || status=$?
     case "$status" in
       0) fail "the package index's $cpu_torch brings CUDA packages, and $cpu_index does not answer; install a CPU build of torch into $venv and run this again" ;;
-      1) "$venv/bin/pip" install --quiet "$cpu_torch" ;;
+      1) install_packages "$cpu_torch" ;;
       *) fail "pip cannot resolve $cpu_torch; is a package index reachable?" ;;
     esac
   fi
@@ -78,9 +102,10 @@ install_alignlab() {
         "$python" -m venv "$venv"
       fi
     fi
+    find_uv
     install_torch
-    say "installing alignlab${extra:+ with the extra '$extra'} (a few minutes the first time)"
-    "$venv/bin/pip" install --quiet --editable ".${extra:+[$extra]}"
+    say "installing alignlab${extra:+ with the extra '$extra'}"
+    install_packages --editable ".${extra:+[$extra]}"
     # DeepSpeed would compile an op at its first start on a CPU; our engine says what is left to build and does it here.
     "$venv/bin/python" -c 'from alignlab.engine.deepspeed import prebuild; prebuild(lambda line: print("[install]", line))'
     [[ "$have " == "$want "* ]] || have="$want"
