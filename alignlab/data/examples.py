@@ -6,6 +6,8 @@ A row may be of the wrong *kind* for an objective (an error of the user's choice
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
@@ -42,21 +44,31 @@ def to_examples(sample: Sample, unit: Unit, *, labels: bool = False, absolute: b
     return replace(sample, sequences=[s for s in best if s.label is not False], pairs=[])
 
 
-def fault(sample: Sample) -> str | None:
+def only(sample: Sample, numbers: list[int]) -> Sample:
+    """``sample`` with these of its examples: pairs, or sequences where it has none."""
+    if sample.pairs:
+        return _keep(sample, [sample.pairs[i] for i in numbers])
+    return replace(sample, sequences=[sample.sequences[i] for i in numbers])
+
+
+def fault(sample: Sample, markup: re.Pattern[str] | None = None) -> str | None:
     """Why nothing in ``sample`` can be trained on; None where something can.
 
-    ``empty_response`` (blank), ``no_target`` (no assistant turn, or no token that is one), ``identical_pair``,
-    ``no_example``.
+    ``empty_response`` (blank but for white space, characters that show nothing, and ``markup``), ``no_target`` (no
+    assistant turn, or no token that is one), ``identical_pair``, ``no_example``.
     """
-    kept, reasons = prune(sample)
+    kept, reasons = prune(sample, markup)
     if kept.pairs or (kept.sequences and not sample.pairs):
         return None
     return reasons.most_common(1)[0][0] if reasons else "no_example"
 
 
-def prune(sample: Sample) -> tuple[Sample, Counter[str]]:
-    """``sample`` without its faulty sequences and pairs, and how many were left out by reason."""
-    faults = {i: reason for i, s in enumerate(sample.sequences) if (reason := _sequence_fault(s))}
+def prune(sample: Sample, markup: re.Pattern[str] | None = None) -> tuple[Sample, Counter[str]]:
+    """``sample`` without its faulty sequences and pairs, and how many were left out by reason.
+
+    ``markup`` finds what a response may not consist of alone: a tokenizer's special tokens.
+    """
+    faults = {i: reason for i, s in enumerate(sample.sequences) if (reason := _sequence_fault(s, markup))}
     reasons: Counter[str] = Counter()
     if not sample.pairs:
         reasons.update(faults.values())
@@ -144,16 +156,23 @@ def _keep(sample: Sample, pairs: list[Pair]) -> Sample:
     return replace(sample, sequences=[sample.sequences[i] for i in used], pairs=moved)
 
 
-def _sequence_fault(sequence: Sequence) -> str | None:
+def _sequence_fault(sequence: Sequence, markup: re.Pattern[str] | None = None) -> str | None:
     if sequence.input_ids is not None:
         return None if any((sequence.target_mask or [])[1:]) else "no_target"
     said = sequence.completion
     if isinstance(said, str):
-        return None if said.strip() else "empty_response"
+        return "empty_response" if says_nothing(said, markup) else None
     targets = list(target_turns(said or []))
     if not targets:
         return "no_target"
-    return "empty_response" if any(_blank(turn) for turn in targets) else None
+    return "empty_response" if any(_blank(turn, markup) for turn in targets) else None
+
+
+def says_nothing(text: str, markup: re.Pattern[str] | None = None) -> bool:
+    """Whether a text shows nothing: white space, control and format characters (a zero-width space), ``markup``."""
+    if markup is not None:
+        text = markup.sub("", text)
+    return all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in text)
 
 
 def target_turns(turns: Iterable[Message]) -> Iterable[Message]:
@@ -161,8 +180,8 @@ def target_turns(turns: Iterable[Message]) -> Iterable[Message]:
     return (turn for turn in turns if turn.get("role") == "assistant" and turn.get("weight", 1) != 0)
 
 
-def _blank(turn: Message) -> bool:
-    return not str(turn.get("content") or "").strip() and not turn.get("tool_calls")
+def _blank(turn: Message, markup: re.Pattern[str] | None) -> bool:
+    return says_nothing(str(turn.get("content") or ""), markup) and not turn.get("tool_calls")
 
 
 def _identical(sample: Sample, pair: Pair) -> bool:

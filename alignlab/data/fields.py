@@ -9,6 +9,7 @@ import json
 import math
 from typing import Any
 
+from alignlab.data.rows import loads
 from alignlab.errors import DataError
 from alignlab.types import Message, Sample, Sequence
 
@@ -44,12 +45,12 @@ def text(row: dict[str, Any], *names: str) -> str:
 
 
 def number(key: str, value: Any) -> float:
-    """A finite number, also one written as a string."""
+    """A finite number (a float32: so an index holds it), also one written as a string."""
     try:
         made = float(value) if isinstance(value, int | float | str) else math.nan
-    except ValueError:
+    except (ValueError, OverflowError):
         made = math.nan
-    if not math.isfinite(made):
+    if not abs(made) < 3.4e38:
         raise bad(key, "must be a number", value)
     return made
 
@@ -133,9 +134,9 @@ def conversation(turns: list[Message]) -> Sequence:
 
 
 def token_ids(row: dict[str, Any], name: str) -> list[int]:
-    """A list of token ids."""
+    """A list of token ids, each of 31 bits at most (an index holds int32)."""
     value = need(row, name)
-    if not isinstance(value, list) or any(type(token) is not int or token < 0 for token in value):
+    if not isinstance(value, list) or any(type(token) is not int or not 0 <= token < 2**31 for token in value):
         raise bad(name, "must be a list of token ids", value)
     return value
 
@@ -177,7 +178,7 @@ def _part(key: str, part: Any) -> str:
 def _object(key: str, value: Any) -> dict[str, Any]:
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = loads(value)
         except ValueError:
             raise bad(key, "must be an object or its JSON text", value) from None
     if not isinstance(value, dict):
@@ -188,7 +189,7 @@ def _object(key: str, value: Any) -> dict[str, Any]:
 def _calls(key: str, value: Any) -> list[dict[str, Any]]:
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = loads(value)
         except ValueError:
             raise bad(key, "must be a list of calls or its JSON text", value) from None
     if not isinstance(value, list):
@@ -207,9 +208,9 @@ def _calls(key: str, value: Any) -> list[dict[str, Any]]:
 def _tools(value: Any) -> list[Any] | None:
     if isinstance(value, str):
         try:
-            value = json.loads(value) if value.strip() else []
+            value = loads(value) if value.strip() else []
         except ValueError:
             raise bad("tools", "must be a list of schemas or its JSON text", value) from None
     if not isinstance(value, list):
         raise bad("tools", "must be a list of schemas", value)
-    return [json.loads(tool) if isinstance(tool, str) else tool for tool in value] or None
+    return [_object("tools", tool) if isinstance(tool, str) else tool for tool in value] or None

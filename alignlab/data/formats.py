@@ -59,7 +59,7 @@ def to_sample(row: Row, format: str = "auto", *, absolute: bool = False) -> Samp
         sample = function(row.value)
     except DataError as error:
         raise DataError(f"{place}: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         raise DataError(f"{place}: format '{format}' cannot read this row ({type(error).__name__}: {error})") from error
     if not isinstance(sample, Sample) or not sample.sequences:
         raise DataError(f"{place}: format '{format}' must return a Sample with at least one sequence")
@@ -67,6 +67,9 @@ def to_sample(row: Row, format: str = "auto", *, absolute: bool = False) -> Samp
         if not (0 <= pair.chosen < len(sample.sequences) and 0 <= pair.rejected < len(sample.sequences)):
             raise DataError(f"{place}: format '{format}' made a pair of a sequence that is not there")
         pair.absolute = pair.absolute or absolute
+    for sequence in sample.sequences:
+        if sequence.input_ids is None and isinstance(sequence.prompt, str) is not isinstance(sequence.completion, str):
+            raise DataError(f"{place}: prompt and completion must both be text or both be turns")
     sample.id = sample.id or f"{row.file.rpartition('/')[2]}:{row.line}"
     return sample
 

@@ -118,7 +118,7 @@ def test_some_malformed_rows_are_allowed_in_each_source_by_share(write: Write, e
     good, bad = [asked(i) for i in range(9)], ["{"]
     prepared = prepare(DataConfig(path=write([*good, *bad]), max_reject_fraction=0.1), DEMONSTRATIONS, encoder)
     assert (prepared.manifest["read"], prepared.manifest["kept"]) == (10, 9)
-    assert prepared.manifest["dropped"] == {"malformed": 1}
+    assert prepared.manifest["dropped"] == {"not_json": 1}
     sources = [
         SourceConfig(write([*good, *good, *good], "good.jsonl")),
         SourceConfig(write([*bad, asked(9)], "bad.jsonl")),
