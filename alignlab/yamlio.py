@@ -16,6 +16,8 @@ from alignlab.errors import ConfigError
 
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 20
+MAX_NODES = 10_000
+"""Keys and values of one file: reading so many takes about half a second."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -27,6 +29,9 @@ class _Loader(yaml.SafeLoader):
         if self.check_event(yaml.events.AliasEvent):
             mark = self.peek_event().start_mark
             raise yaml.YAMLError(f"line {mark.line + 1}: anchors and aliases (& and *) are not allowed here")
+        self.nodes = getattr(self, "nodes", 0) + 1
+        if self.nodes > MAX_NODES:
+            raise yaml.YAMLError(f"more than {MAX_NODES:,} keys and values, which no configuration needs")
         self.depth = getattr(self, "depth", 0) + 1
         if self.depth > MAX_DEPTH:
             raise yaml.YAMLError(f"nested deeper than {MAX_DEPTH} levels")

@@ -14,25 +14,24 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from datetime import datetime
 from typing import Any
 
+from alignlab.data import sandbox
+from alignlab.data.render_child import TODAY
+from alignlab.data.sandbox import Refused
 from alignlab.errors import DataError
 from alignlab.types import Message
 
-TODAY = datetime(2024, 7, 26)
-"""What templates that print today's date are told: the same rows must be the same tokens tomorrow."""
-
-_OPEN, _CLOSE = "\ue000", "\ue001"
-_MARK = re.compile(f"{_OPEN}([0-9]+){_CLOSE}")
+_PRIVATE = [chr(code) for code in range(0xE000, 0xE100)]
 _THINK = re.compile(r"(</?think(?:ing)?>)")
-_CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
 Span = tuple[int, int]
 
 
-class Refused(Exception):
-    """The template raised an error of its own about one conversation (roles that do not alternate, say)."""
+class ControlToken(Refused):
+    """Text that has no roles spells a token that only a template may write."""
+
+    reason = "control_token"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +62,7 @@ class Chat:
         self.template: str | None = template if template is not None else tokenizer.chat_template
         text = self.template or ""
         self.name = f"{name or _family(text)}#{hashlib.sha256(text.encode()).hexdigest()[:4]}" if text else "none"
-        self._rendered = _CLOCK.sub(lambda m: json.dumps(TODAY.strftime(m[2])), text)
+        self._always = {**tokenizer.special_tokens_map, "date_string": TODAY.strftime("%d %b %Y")}
         added = tokenizer.added_tokens_decoder.values()
         self._special = _any_of(token.content for token in added if token.special)
         self._control = _any_of(token.content for token in added if token.special or _is_markup(token.content))
@@ -77,28 +76,39 @@ class Chat:
             raise DataError("the tokenizer has no chat template; name one with model.chat_template=FILE")
         try:
             return self._apply(messages, tools, generation)
-        except TypeError:
+        except sandbox.NeedsOtherTypes as error:
             # Templates disagree whether a call's arguments are an object or its JSON text.
             if not any(turn.get("tool_calls") for turn in messages):
-                raise
+                raise DataError(str(error)) from None
+        try:
             return self._apply([_with_json_arguments(turn) for turn in messages], tools, generation)
+        except sandbox.NeedsOtherTypes as error:
+            raise DataError(str(error)) from None
 
     def _apply(self, messages: list[Message], tools: list[Any] | None, generation: bool) -> str:
-        import jinja2
+        return sandbox.render(self.template or "", self._values(messages, tools, generation), self.name)
 
-        try:
-            return self._tokenizer.apply_chat_template(
-                messages,
-                tools=tools,
-                tokenize=False,
-                add_generation_prompt=generation,
-                chat_template=self._rendered,
-                date_string=TODAY.strftime("%d %b %Y"),
-            )
-        except jinja2.exceptions.TemplateError as error:
-            if type(error) is jinja2.exceptions.TemplateError:
-                raise Refused(str(error)) from None
-            raise DataError(f"the chat template {self.name} fails: {type(error).__name__}: {error}") from None
+    def _values(self, messages: list[Message], tools: list[Any] | None, generation: bool) -> dict[str, Any]:
+        """What a template is given: transformers' names."""
+        return {
+            **self._always,
+            "messages": [_as_given(turn) for turn in messages],
+            "tools": tools or None,
+            "documents": None,
+            "add_generation_prompt": generation,
+        }
+
+    def foresee(self, conversations: Iterable[tuple[list[Message], list[int], list[Any] | None]]) -> None:
+        """Have the renderings that :meth:`path` and :meth:`words` begin with made in one exchange."""
+        if not self.template:
+            return
+        wanted = []
+        for messages, targets, tools in conversations:
+            wanted += [(messages, tools, False), (self._marked(messages, "")[1], tools, False)]
+            for i in targets:
+                wanted += [(messages[:i], tools, True)] * (i > 0)
+                wanted += [(messages[: i + 1], tools, False)] * (i + 1 < len(messages))
+        sandbox.foresee(self.template, [self._values(*one) for one in wanted])
 
     def prompt(self, messages: list[Message], tools: list[Any] | None) -> Path:
         """A prompt with the generation prompt behind it."""
@@ -109,6 +119,7 @@ class Chat:
 
         Raises :class:`DataError` where the template hides them: a mask is never guessed.
         """
+        self.foresee([(messages, targets, tools)])
         full = self.render(messages, tools)
         found: list[Span] = []
         for i in targets:
@@ -118,6 +129,29 @@ class Chat:
             self._check(messages[i], full[start:end], i)
             found.append((start, end))
         return replace(self._guarded(messages, tools, full), targets=tuple(found))
+
+    def words(self, messages: list[Message], tools: list[Any] | None, full: str) -> list[tuple[Span, str]] | None:
+        """Where each turn's own words stand in ``full``, their rendering, with the turn's role, in order of place.
+
+        None where marking them changes what the template does.
+        """
+        marks, turns, roles = self._marked(messages, full)
+        try:
+            placed = marks.placed(self.render(turns, tools), full)
+        except (Refused, DataError):  # the marked text's alone: ``full`` was rendered
+            return None
+        return None if placed is None else [(span, roles[number]) for number, span in placed]
+
+    @staticmethod
+    def _marked(messages: list[Message], full: str) -> tuple[_Marks, list[Message], list[str]]:
+        """(marks, the turns with their own words marked, the role that speaks each mark)"""
+        marks = _Marks(_text_pieces, full)
+        turns: list[Message] = []
+        roles: list[str] = []
+        for turn in messages:
+            turns.append(marks.turn(turn))
+            roles += [str(turn["role"])] * (len(marks.texts) - len(roles))
+        return marks, turns, roles
 
     def _check(self, turn: Message, written: str, i: int) -> None:
         said = _THINK.split(str(turn.get("content") or ""))[-1].strip()
@@ -181,11 +215,15 @@ class Chat:
 
     def _around(self, messages: list[Message], i: int, tools: list[Any] | None, full: str) -> Span | None:
         """[first, last) of turn ``i``'s own text in ``full``; None where marking it changes what the template does."""
-        marks = _Marks(_text_pieces)
+        marks = _Marks(_text_pieces, full)
         turns = [*messages[:i], marks.turn(messages[i]), *messages[i + 1 :]]
         spans = marks.locate(self.render(turns, tools), full)
         # A text that is written twice has no one place.
         return (spans[0][0], spans[-1][1]) if spans and len(spans) <= len(marks.texts) else None
+
+    def special(self, text: str) -> tuple[Span, ...]:
+        """Where ``text`` spells a special token."""
+        return tuple(match.span() for match in self._special.finditer(text)) if self._special else ()
 
     def _guarded(self, messages: list[Message], tools: list[Any] | None, full: str, generation: bool = False) -> Path:
         """``full`` with the places where content spells a control token.
@@ -193,7 +231,7 @@ class Chat:
         In turns of others every control token stays text, in the assistant's only special ones do: what a
         demonstration writes as ``<think>`` is meant.
         """
-        marks = _Marks(_whole)
+        marks = _Marks(_whole, full)
         turns = []
         for turn in messages:
             marks.split = _splitter(self._special if turn["role"] == "assistant" else self._control)
@@ -215,9 +253,15 @@ _Split = Callable[[str], list[tuple[str, bool]]]
 class _Marks:
     """Pieces of strings replaced by marks, so that they can be found again in a rendered text."""
 
-    def __init__(self, split: _Split) -> None:
+    def __init__(self, split: _Split, full: str) -> None:
         self.texts: list[str] = []
         self.split = split
+        # Private-use characters, two that the text does not hold: a row must not be able to spell a mark.
+        free = [mark for mark in _PRIVATE if mark not in full][:2]
+        if len(free) < 2:
+            raise Refused("content uses every private-use character")
+        self._open, self._close = free
+        self._pattern = re.compile(f"{self._open}([0-9]+){self._close}")
 
     def value(self, value: Any) -> Any:
         """``value`` with the pieces of every string in it marked."""
@@ -240,20 +284,28 @@ class _Marks:
 
     def locate(self, rendered: str, full: str) -> list[Span] | None:
         """Where the marked pieces stand in ``full``; None unless ``rendered`` says the same."""
-        built, length, last, spans = [], 0, 0, []
-        for mark in _MARK.finditer(rendered):
+        placed = self.placed(rendered, full)
+        return None if placed is None else [span for _, span in placed]
+
+    def placed(self, rendered: str, full: str) -> list[tuple[int, Span]] | None:
+        """As :meth:`locate`, each with its number in ``texts``."""
+        built: list[str] = []
+        spans: list[tuple[int, Span]] = []
+        length = last = 0
+        for mark in self._pattern.finditer(rendered):
             if int(mark[1]) >= len(self.texts):
                 return None
             before, text = rendered[last : mark.start()], self.texts[int(mark[1])]
             built += [before, text]
-            spans.append((length + len(before), length + len(before) + len(text)))
-            length, last = spans[-1][1], mark.end()
+            start = length + len(before)
+            spans.append((int(mark[1]), (start, start + len(text))))
+            length, last = start + len(text), mark.end()
         built.append(rendered[last:])
         return spans if "".join(built) == full else None
 
     def _mark(self, text: str) -> str:
         self.texts.append(text)
-        return f"{_OPEN}{len(self.texts) - 1}{_CLOSE}"
+        return f"{self._open}{len(self.texts) - 1}{self._close}"
 
 
 def _text_pieces(text: str) -> list[tuple[str, bool]]:
@@ -295,6 +347,13 @@ def _with_json_arguments(turn: Message) -> Message:
         for call in turn.get("tool_calls") or []
     ]
     return {**turn, "tool_calls": calls} if calls else turn
+
+
+def _as_given(turn: Message) -> Message:
+    """``turn`` as transformers hands it to a template: no nulls, reasoning under all names that templates read."""
+    made = {name: value for name, value in turn.items() if value is not None}
+    reasoning = next((made[name] for name in ("reasoning_content", "thinking", "reasoning") if name in made), None)
+    return made if reasoning is None else {"thinking": reasoning, **made, "reasoning_content": reasoning}
 
 
 def _family(template: str) -> str:

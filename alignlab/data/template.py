@@ -9,21 +9,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import unicodedata
 from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
 
-from alignlab.data.chat import Chat, Path, Refused, Span
+from alignlab.data.chat import Chat, ControlToken, Path, Refused, Span
 from alignlab.data.examples import fault, prune, target_turns
 from alignlab.errors import ConfigError, DataError
 from alignlab.types import EncodedSample, EncodedSequence, Message, Sample, Sequence
 
-VERSION = 1
+VERSION = 2
 """Part of every fingerprint: raise it when a change here changes tokens or targets."""
+
+ROLES = ("system", "user", "assistant", "tool", "prompt", "completion", "template", "other")
+"""Whose words a token is, for the ledger.  Of turns: the speaker's (a target is always the assistant's), or what the
+template writes around them; ``other`` where the template does not show which.  ``prompt`` and ``completion`` are plain
+text and rows of tokens."""
+_CODES = {role: code for code, role in enumerate(ROLES)}
 
 _VERIFIED = 32
 """So many paths are decoded again and compared with the rendered text (a tokenizer whose offsets lie is refused)."""
@@ -32,10 +41,14 @@ _VERIFIED = 32
 @dataclass(frozen=True, slots=True)
 class Dropped:
     """A row that is not trained on, and why: ``empty_response``, ``no_target``, ``identical_pair``, ``no_example``,
-    ``overlong``, ``template_refused``."""
+    ``overlong``, ``template_refused``, ``control_token``."""
 
     reason: str
     detail: str = ""
+
+
+class Overlong(DataError):
+    """A sequence is longer than ``data.max_length`` and ``data.overlong`` is ``error``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +95,9 @@ class Encoder:
         """sequences and pairs left out of rows that were kept, by reason; its reader clears it"""
         self._chat = Chat(tokenizer, chat_template) if tokenizer is not None else None
         self._control = frozenset(tokenizer.added_tokens_decoder if tokenizer is not None else ())
+        spelled = sorted(tokenizer.all_special_tokens if tokenizer is not None else (), key=len, reverse=True)
+        self.markup = re.compile("|".join(map(re.escape, spelled))) if spelled else None
+        """the special tokens as text: a response of nothing else says nothing"""
         self._to_verify = _VERIFIED
         self._stops: list[int] | None = None
 
@@ -116,9 +132,9 @@ class Encoder:
 
         Raises :class:`DataError` where the template or the tokenizer cannot serve, and under ``overlong=error``.
         """
-        if reason := fault(sample):
+        if reason := fault(sample, self.markup):
             return Dropped(reason)
-        sample, reasons = prune(sample)
+        sample, reasons = prune(sample, self.markup)
         made: list[tuple[EncodedSequence, Sequence]] = []
         place: dict[int, int] = {}
         detail = ""
@@ -126,7 +142,7 @@ class Encoder:
             try:
                 encoded = self._sequence(sequence, sample)
             except Refused as error:
-                reasons["template_refused"] += 1
+                reasons[error.reason] += 1
                 detail = str(error)
                 continue
             for one in encoded:
@@ -151,10 +167,24 @@ class Encoder:
         self.partial.update(reasons)
         return _encoded(sample, made, pairs)
 
+    def foresee(self, samples: Iterable[Sample]) -> None:
+        """Have the template rendered for all of ``samples`` at once, for :meth:`encode` to find; changes no result."""
+        if self._chat is None:
+            return
+        found: list[tuple[list[Message], list[int], list[Any] | None]] = []
+        for sample in samples:
+            whole = self.history_reasoning == "keep" or bool(sample.pairs)
+            for sequence in sample.sequences:
+                if isinstance(sequence.prompt, list) or isinstance(sequence.completion, list):
+                    with suppress(DataError, LookupError, TypeError, AttributeError):  # ``encode`` says what is wrong
+                        found += [(*one, sample.tools) for one in _conversations(sequence, whole)]
+        self._chat.foresee(found)
+
     def render_prompt(self, messages: list[Message] | str, tools: list[Any] | None = None) -> list[int]:
         """Token ids of a prompt to answer: with the generation prompt, or plain text as the tokenizer begins it."""
         if isinstance(messages, str):
-            return self._tokens(Path(messages), special=True).ids
+            spelled = self._chat.special(messages) if self._chat else ()
+            return self._tokens(Path(messages, text_only=spelled), special=True).ids
         assert self._chat is not None, "turns need a tokenizer"
         try:
             return self._tokens(self._chat.prompt(_clean(messages), tools)).ids
@@ -183,14 +213,8 @@ class Encoder:
             return [self._plain(sequence.prompt, sequence.completion)]
         if isinstance(sequence.prompt, str) or isinstance(sequence.completion, str):
             raise DataError(f"row {sample.id}: prompt and completion must both be text or both be turns")
-        before, after = sequence.prompt or [], sequence.completion or []
-        wanted = {id(turn) for turn in target_turns(after)}
-        turns = [*before, *after]
-        targets = [i for i, turn in enumerate(turns) if i >= len(before) and id(turn) in wanted]
-        turns = _clean(turns[: targets[-1] + 1])
-        if self.history_reasoning == "keep" or sample.pairs:
-            return [self._conversation(turns, targets, sample)]
-        return [self._conversation(turns[: i + 1], [i], sample) for i in targets]
+        whole = self.history_reasoning == "keep" or bool(sample.pairs)
+        return [self._conversation(turns, targets, sample) for turns, targets in _conversations(sequence, whole)]
 
     def _conversation(self, turns: list[Message], targets: list[int], sample: Sample) -> EncodedSequence:
         assert self._chat is not None
@@ -202,9 +226,10 @@ class Encoder:
         mask = _within(encoding.spans, path.targets)
         if self._to_verify or path.text_only:
             self._verify(path, encoding, mask, sample)
-        return _made(encoding.ids, mask)
+        return _made(encoding.ids, mask, _roles(encoding.spans, mask, self._chat.words(turns, sample.tools, path.text)))
 
     def _plain(self, prompt: str, completion: str) -> EncodedSequence:
+        self._refuse_control(prompt, completion)
         encoding = self._tokens(Path(prompt + completion), special=True)
         ids, mask = encoding.ids, _within(encoding.spans, ((len(prompt), len(prompt) + len(completion)),))
         end = self.tokenizer.eos_token_id
@@ -212,15 +237,27 @@ class Encoder:
             return _made([*ids, end], [*mask, True])
         return _made(ids, [*mask[:-1], True])
 
+    def _refuse_control(self, prompt: str, completion: str) -> None:
+        """Plain text that spells a special token is either a conversation rendered elsewhere or an attack: not guessed.
+
+        A completion may end with the end-of-sequence token, which stands there anyway.
+        """
+        if self._chat is None:
+            return
+        end = self.tokenizer.eos_token or ""
+        text = prompt + (completion.removesuffix(end) if end else completion)
+        for start, stop in self._chat.special(text)[:1]:
+            raise ControlToken(f"plain text spells the control token {text[start:stop]}; write conversations as turns")
+
     def _fitted(self, one: EncodedSequence, sample: Sample) -> EncodedSequence | Dropped:
         most = self.max_length
         if most is not None and len(one.tokens) > most:
             said = f"{len(one.tokens)} tokens, longer than data.max_length {most}"
             if self.overlong == "error":
-                raise DataError(f"row {sample.id}: {said}; raise it, or set data.overlong to drop or cut")
+                raise Overlong(f"row {sample.id}: {said}; raise it, or set data.overlong to drop or cut")
             if self.overlong == "drop":
                 return Dropped("overlong", said)
-            one = EncodedSequence(one.tokens[:most], one.target[:most])
+            one = EncodedSequence(one.tokens[:most], one.target[:most], None if one.roles is None else one.roles[:most])
         return one if one.target.any() else Dropped("no_target", "no target token is left")
 
     # Text to tokens
@@ -327,6 +364,17 @@ class Encoder:
         return sorted(found)
 
 
+def _conversations(sequence: Sequence, whole: bool) -> list[tuple[list[Message], list[int]]]:
+    """Turns with the places of the target turns: all at once (``whole``), or one path for each target turn."""
+    before: list[Message] = sequence.prompt if isinstance(sequence.prompt, list) else []
+    after: list[Message] = sequence.completion if isinstance(sequence.completion, list) else []
+    wanted = {id(turn) for turn in target_turns(after)}
+    turns = [*before, *after]
+    targets = [i for i, turn in enumerate(turns) if i >= len(before) and id(turn) in wanted]
+    turns = _clean(turns[: targets[-1] + 1])
+    return [(turns, targets)] if whole else [(turns[: i + 1], [i]) for i in targets]
+
+
 def _clean(turns: list[Message]) -> list[Message]:
     """Turns as templates take them: no nulls, no marks of ours, a call's arguments as an object."""
     return [_turn(turn) for turn in turns]
@@ -372,10 +420,26 @@ def _plainly(text: str) -> str:
     return "".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-def _made(ids: list[int], mask: list[bool]) -> EncodedSequence:
+def _roles(spans: list[Span], mask: list[bool], words: list[tuple[Span, str]] | None) -> np.ndarray:
+    """uint8 [n], codes of ROLES: a target is the assistant's, another token the speaker's whose words it touches."""
+    codes = np.full(len(spans), _CODES["other" if words is None else "template"], dtype=np.uint8)
+    if words:
+        bounds = np.fromiter(chain.from_iterable(spans), dtype=np.int64, count=2 * len(spans)).reshape(-1, 2)
+        places = np.array([span for span, _ in words])
+        speakers = np.array([_CODES.get(role, _CODES["other"]) for _, role in words], dtype=np.uint8)
+        last = np.searchsorted(places[:, 0], bounds[:, 1], side="left") - 1
+        inside = (last >= 0) & (bounds[:, 0] < places[last, 1])
+        codes[inside] = speakers[last[inside]]
+    codes[np.asarray(mask, dtype=bool)] = _CODES["assistant"]
+    return codes
+
+
+def _made(ids: list[int], mask: list[bool], roles: np.ndarray | None = None) -> EncodedSequence:
     target = np.asarray(mask, dtype=bool)
+    if roles is None:
+        roles = np.where(target, _CODES["completion"], _CODES["prompt"]).astype(np.uint8)
     target[:1] = False
-    return EncodedSequence(np.asarray(ids, dtype=np.int32), target)
+    return EncodedSequence(np.asarray(ids, dtype=np.int32), target, roles)
 
 
 def _equal(a: EncodedSequence, b: EncodedSequence) -> bool:
