@@ -1,8 +1,9 @@
 """From row files to an index on disk, once, under a lock, before any process group exists.
 
 rows -> format -> what the objective eats -> condition (CPO) -> tokens -> index.  Every row that is left out has a
-reason, is counted in the manifest and listed in ``rejected.jsonl`` (file, line, id, reason).  The result lives in the
-content-addressed cache: the same rows, template and lengths are never prepared twice, by no job of a sweep.
+reason, is counted in the manifest and listed in ``rejected.jsonl`` (file, line, id, reason); examples that stand twice
+or contradict each other are kept, counted and listed in ``findings.jsonl``.  The result lives in the content-addressed
+cache: the same rows, template and lengths are never prepared twice, by no job of a sweep.
 """
 
 from __future__ import annotations
@@ -11,27 +12,38 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+import numpy as np
 
 from alignlab.config import DataConfig, SourceConfig
 from alignlab.data import cache, world
 from alignlab.data.condition import Conditioner
-from alignlab.data.examples import fault, prune, to_examples
+from alignlab.data.examples import fault, only, prune, to_examples
 from alignlab.data.formats import to_sample
 from alignlab.data.index import Index, IndexWriter
-from alignlab.data.rows import Row, fingerprint, read_rows
-from alignlab.data.template import Dropped, Encoder
-from alignlab.errors import DataError
+from alignlab.data.ledger import SAMPLES_FILE, SampleWriter
+from alignlab.data.overlap import Examples, Recorder, found_in, hashes, prompt_of
+from alignlab.data.rows import Row, RowError, fingerprint, read_rows
+from alignlab.data.template import Dropped, Encoder, Overlong
+from alignlab.errors import ConfigError, DataError
 from alignlab.types import EncodedSample, Sample, Unit
 
-VERSION = 3
+VERSION = 4
 """Part of every key: raise it when a change here changes what an index holds."""
+
+READ_AHEAD = 32
+"""Rows whose templates are rendered in one exchange with the process that renders."""
 
 ADVICE = {
     "overlong": "raise data.max_length, or set data.overlong=cut",
     "no_target": "the rows hold no answer to learn, or data.max_length cuts all of it off",
+    "control_token": "rendered conversations? Give them as turns (messages), and the template renders them",
+    "leak": "every example is held out too; data.leaks=keep trains on them",
+    "no_dimension": "give ratings by dimension, completions: [{response: ..., annotations: {helpfulness: 4, ...}}], or "
+    "name those that are there in data.condition.dimensions, e.g. [overall]",
     "no_example": "no two answers of a prompt differ in what this objective compares: ratings, correctness or labels",
 }
 """What to do when no row is left, by the most frequent reason."""
@@ -54,7 +66,8 @@ class Needs:
 class Manifest:
     """The account of one preparation: rows ``read = kept + dropped`` by reason, and what was kept in tokens.
 
-    ``parts`` counts what a kept row lost (a faulty completion, an overlong pair), by reason.
+    ``parts`` counts what a kept row lost (a faulty completion, an overlong pair), by reason; ``findings`` counts
+    examples that were kept although they stand twice (``duplicate``) or contradict another (``conflict``).
     """
 
     read: int = 0
@@ -70,6 +83,10 @@ class Manifest:
     """turns that are targets"""
     terminated: int = 0
     """of them, those whose terminator is a target"""
+    largest_token: int = -1
+    """the largest token id, and the row it stands in"""
+    largest_at: str = ""
+    findings: Counter[str] = field(default_factory=Counter)
     conditions: Counter[str] = field(default_factory=Counter)
     sources: Counter[str] = field(default_factory=Counter)
     template: str = ""
@@ -83,6 +100,15 @@ class Prepared:
     index: Index
     manifest: dict[str, Any]
     fresh: bool
+
+    def examples(self) -> Examples:
+        """The hashes and places of what was kept."""
+        return Examples.open(self.folder)
+
+    def findings(self) -> Iterator[dict[str, Any]]:
+        """The entries of ``findings.jsonl``."""
+        with (self.folder / "findings.jsonl").open(encoding="utf-8") as lines:
+            yield from map(json.loads, lines)
 
 
 def sources_of(data: DataConfig, *, held_out: bool) -> list[SourceConfig]:
@@ -99,48 +125,60 @@ def sources_of(data: DataConfig, *, held_out: bool) -> list[SourceConfig]:
     return [SourceConfig(data.path, 1.0, data.split, data.format, data.absolute, data.columns)]
 
 
-def prepare(data: DataConfig, needs: Needs, encoder: Encoder, *, held_out: bool = False, seed: int = 0) -> Prepared:
+def prepare(
+    data: DataConfig, needs: Needs, encoder: Encoder, *, held_out: bool = False, seed: int = 0,
+    without: Prepared | None = None,
+) -> Prepared:  # fmt: skip
     """The index of the training rows, or of the held-out rows, from the cache or made now.
 
-    Raises :class:`DataError` for an unreadable or wrongly shaped row (file, line, key), and when no row is left.
+    Examples that stand in ``without`` are left out (``leak``).  Raises :class:`DataError` for an unreadable or wrongly
+    shaped row (file, line, key), and when no row is left.
     """
     sources = sources_of(data, held_out=held_out)
     parts = {
         "version": VERSION,
         "sources": [asdict(s) | {"path": fingerprint(s.path, s.split, data.options)} for s in sources],
         "data": [data.max_reject_fraction, data.limit, data.options, _split_share(data), held_out],
-        "condition": asdict(data.condition) if needs.stage else None,
+        "condition": {f.name: getattr(data.condition, f.name) for f in fields(data.condition)} if needs.stage else None,
         "encoder": encoder.fingerprint(),
         "needs": asdict(needs),
         "seed": seed if any(s.weight != 1.0 for s in sources) else None,
+        "without": without.folder.name if without else None,
     }
     fresh = False
 
     def build(folder: Path) -> None:
         nonlocal fresh
         fresh = True
-        _Builder(folder, data, needs, encoder, held_out=held_out, seed=seed).run(sources)
+        builder = _Builder(folder, data, needs, encoder, held_out=held_out, seed=seed)
+        builder.without = without.examples() if without else None
+        builder.run(sources)
 
     folder = cache.obtain("index", cache.key(parts), build)
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     if manifest["kept"] == 0:
-        raise DataError(f"{', '.join(s.path for s in sources)}: no row is left; {_why_none(manifest)}")
+        why = _why_none(manifest, folder / "rejected.jsonl")
+        raise DataError(f"{', '.join(s.path for s in sources)}: no row is left; {why}")
     return Prepared(folder, Index.open(folder / "index"), manifest, fresh)
 
 
-def _why_none(manifest: dict[str, Any]) -> str:
-    """What became of the rows, and what to do about the most frequent reason."""
+def _why_none(manifest: dict[str, Any], rejected: Path) -> str:
+    """What became of the rows, the most frequent reason's first instance, and what to do about it."""
     if not manifest["read"]:
         return "none was read"
     reasons = Counter(manifest["dropped"])
     said = f"{manifest['read']} read, dropped: {', '.join(f'{reason} {n}' for reason, n in sorted(reasons.items()))}"
-    advice = ADVICE.get(reasons.most_common(1)[0][0])
+    most = reasons.most_common(1)[0][0]
+    if most == "no_dimension":
+        entries = map(json.loads, rejected.read_text(encoding="utf-8").splitlines())
+        said += next((f", {one['detail']}" for one in entries if one["reason"] == most), "")
+    advice = ADVICE.get(most)
     return f"{said} ({advice})" if advice else said
 
 
 def rows_of(
     source: SourceConfig, data: DataConfig, needs: Needs, *, held_out: bool,
-    on_error: Callable[[DataError], None] | None = None,
+    on_error: Callable[[RowError], None] | None = None,
 ) -> Iterator[Row]:  # fmt: skip
     """The rows of one source: of a file, of a hub data set, or of the built-in world."""
     if source.path == "sums":
@@ -175,20 +213,24 @@ def _unit_interval(*keys: object) -> float:
 
 
 def _prompt_key(sample: Sample) -> str:
-    """Text that equal prompts share."""
+    """Text that equal prompts share (equal as :mod:`alignlab.data.overlap` has it: a leak cannot come of the split)."""
     first = sample.sequences[0]
-    if first.input_ids is not None:
-        targets = first.target_mask or []
-        context = targets.index(True) if True in targets else 0
-        return json.dumps([int(token) for token in first.input_ids[: context or None]])
     said = first.completion or ""
-    return json.dumps(first.prompt or (said if isinstance(said, str) else said[:1]), sort_keys=True)
+    prompt = prompt_of(first) or prompt_of(replace(first, prompt=said if isinstance(said, str) else said[:1]))
+    return json.dumps(prompt or first.input_ids, sort_keys=True)
 
 
-def _placed(error: DataError, row: Row) -> DataError:
-    """``error`` with the row's file and line, where it does not name them yet."""
-    text = str(error)
-    return error if text.startswith(f"{row.file}: ") else DataError(f"{row.file}: line {row.line}: {text}")
+def _placed(error: DataError, row: Row) -> RowError:
+    """``error`` as one of a row of the wrong schema, unless it is known for what it is."""
+    if isinstance(error, RowError):
+        return error
+    detail = str(error).removeprefix(f"{row.file}: line {row.line}: ")
+    return RowError(row.file, row.line, "wrong_schema", detail, byte=row.byte)
+
+
+def _write(file: TextIO, entry: dict[str, Any]) -> None:
+    # In ASCII: a row's text or a file's name may hold what other readers take for a line's end, or half a character.
+    file.write(json.dumps(entry) + "\n")
 
 
 def _detailed(place: dict[str, Any], detail: str | None) -> dict[str, Any]:
@@ -202,51 +244,61 @@ def _repeats(source: SourceConfig, row: Row, seed: int) -> int:
 
 
 class _Builder:
-    """One pass over all rows; nothing but counts is kept in memory."""
+    """One pass over all rows; nothing but counts and the examples' hashes is kept in memory."""
 
     def __init__(
         self, folder: Path, data: DataConfig, needs: Needs, encoder: Encoder, *, held_out: bool, seed: int
     ) -> None:
         self.folder, self.data, self.needs, self.encoder = folder, data, needs, encoder
         self.held_out, self.seed = held_out, seed
+        self.without: Examples | None = None
         self.manifest = Manifest(template=encoder.template_name)
+        self.recorder = Recorder()
         self.conditioner = Conditioner(data.condition, needs.stage) if needs.stage else None
 
     def run(self, sources: list[SourceConfig]) -> None:
         manifest = self.manifest
-        with IndexWriter(self.folder / "index") as writer, (self.folder / "rejected.jsonl").open("w") as self.rejected:
+        with (
+            IndexWriter(self.folder / "index") as writer,
+            (self.folder / "rejected.jsonl").open("w", encoding="utf-8") as self.rejected,
+            SampleWriter(self.folder / SAMPLES_FILE, self.needs.example) as self.ledger,
+        ):
             for source in sources:
                 self._source(source, writer)
             if self.conditioner:
                 manifest.conditions.update(self.conditioner.counts)
             writer.close(meta={"needs": asdict(self.needs)})
+        manifest.findings, entries = found_in(self.recorder.close(self.folder))
+        with (self.folder / "findings.jsonl").open("w", encoding="utf-8") as findings:
+            for entry in entries:
+                _write(findings, entry)
         (self.folder / "manifest.json").write_text(json.dumps(vars(manifest), indent=1), encoding="utf-8")
 
     def _source(self, source: SourceConfig, writer: IndexWriter) -> None:
-        malformed: list[DataError] = []
+        malformed: list[RowError] = []
         before = self.manifest.read
 
-        def malformed_row(error: DataError) -> None:
-            malformed.append(error)
+        def malformed_row(error: RowError, sample: Sample | None = None) -> None:
             if not self.data.max_reject_fraction:
                 raise error
-            self.manifest.read += 1
-            self._drop("malformed", {"detail": str(error)})
+            malformed.append(error if not malformed else malformed[0])
+            place: dict[str, Any] = {"file": error.file, "line": error.line}
+            place |= {"byte": error.byte} if error.byte is not None else {}
+            place |= {"id": sample.id} if sample else {}
+            self._drop(error.reason, {**place, "detail": error.detail})
 
-        for row in rows_of(source, self.data, self.needs, held_out=self.held_out, on_error=malformed_row):
-            try:
-                sample = sample_of(row, source)
-                wanted = sample if self.conditioner else self._adapted(sample, source)
-            except DataError as error:
-                malformed_row(_placed(error, row))
+        for one in self._read_ahead(source):
+            if isinstance(one, RowError):
+                malformed_row(one)
                 continue
-            if kept_apart(sample, self.data, held_out=self.held_out):
-                continue
-            self.manifest.read += 1
+            row, sample, wanted = one
             try:
-                self._row(row, source, wanted, writer)
-            except DataError as error:
+                if not kept_apart(sample, self.data, held_out=self.held_out):
+                    self._row(row, source, wanted, writer)
+            except Overlong as error:
                 raise _placed(error, row) from None
+            except DataError as error:
+                malformed_row(_placed(error, row), sample)
         allowed = self.data.max_reject_fraction * (self.manifest.read - before)
         if len(malformed) > allowed:
             raise DataError(
@@ -254,22 +306,82 @@ class _Builder:
                 f"data.max_reject_fraction={self.data.max_reject_fraction} allows {int(allowed)})"
             )
 
+    def _read_ahead(self, source: SourceConfig) -> Iterator[tuple[Row, Sample, Sample] | RowError]:
+        """(row, what it says, what the objective eats), or why not, in the rows' order; templates rendered ahead."""
+        waiting: list[tuple[Row, Sample, Sample] | RowError] = []
+
+        def ready() -> list[tuple[Row, Sample, Sample] | RowError]:
+            if not self.conditioner:  # it writes into the prompts only when a row's turn has come
+                self.encoder.foresee(one[2] for one in waiting if not isinstance(one, RowError))
+            read, waiting[:] = waiting[:], []
+            return read
+
+        for row in rows_of(source, self.data, self.needs, held_out=self.held_out, on_error=waiting.append):
+            try:
+                sample = sample_of(row, source)
+                waiting.append((row, sample, sample if self.conditioner else self._adapted(sample, source)))
+            except DataError as error:
+                waiting.append(_placed(error, row))
+            if len(waiting) >= READ_AHEAD:
+                yield from ready()
+        yield from ready()
+
     def _adapted(self, sample: Sample, source: SourceConfig) -> Sample:
         return to_examples(sample, self.needs.example, labels=self.needs.labels, absolute=source.absolute)
 
     def _row(self, row: Row, source: SourceConfig, sample: Sample, writer: IndexWriter) -> None:
+        """Keep or drop one row; DataError, with nothing written or counted, where it is of the wrong schema."""
         place = {"file": row.file, "line": row.line, "id": sample.id}
-        reason = fault(sample)
+        reason = fault(sample, self.encoder.markup)
         repeats = _repeats(source, row, self.seed)
         if reason or not repeats:
             self._drop(reason or "not_drawn", place)
             return
-        pruned, lost = prune(sample)
-        made = [pruned]
+        pruned, lost = prune(sample, self.encoder.markup)
+        examples = hashes(pruned)
+        if self.without is not None:
+            at = self.without.stand_in(np.array([one.example for one in examples], dtype=np.uint64))
+            if (at >= 0).any():
+                leaks = at[at >= 0].tolist()
+                place["other"] = self.without.place(leaks[0])
+                lost["leak"] = len(leaks)
+                if len(leaks) == len(examples):
+                    self._drop("leak", place)
+                    return
+                sound = np.flatnonzero(at < 0).tolist()
+                pruned, examples = only(pruned, sound), [examples[i] for i in sound]
+        encoded, details = self._encoded(pruned, source, lost)
+        if not encoded:
+            reason = next(iter(details), "no_example")
+            self._drop(reason, _detailed(place, details.get(reason)))
+            return
+        self.manifest.read += 1
+        self.manifest.kept += 1
+        stored = [one for one in encoded for _ in range(repeats)]
+        for one in stored:
+            writer.add(one)
+            self._count(one, place)
+        self.recorder.add(row.file, row.line, examples)
+        self.ledger.kept(self.manifest.read, place, stored, lost)
+        self.manifest.sources[sample.source or Path(row.file).name] += 1
+        self.manifest.parts.update(lost)
+        for reason, count in lost.items():
+            _write(self.rejected, {**_detailed(place, details.get(reason)), "reason": reason, "parts": count})
+
+    def _encoded(
+        self, sample: Sample, source: SourceConfig, lost: Counter[str]
+    ) -> tuple[list[EncodedSample], dict[str, str]]:
+        """(the row in tokens, once for each condition; details by reason of what was left out, counted in ``lost``)."""
+        made = [sample]
         if self.conditioner:
-            made = [self._adapted(one, source) for one in self.conditioner.rows(pruned)]
-        kept = 0
+            try:
+                made = [self._adapted(one, source) for one in self.conditioner.rows(sample)]
+            except ConfigError as error:  # a rating's name or level that cannot be written as a condition
+                raise DataError(str(error)) from None
+        kept: list[EncodedSample] = []
         details: dict[str, str] = {}
+        if self.conditioner and not made and (detail := self.conditioner.unrated(sample)):
+            details["no_dimension"] = detail
         for one in made:
             self.encoder.partial.clear()
             encoded = self.encoder.encode(one)
@@ -277,35 +389,25 @@ class _Builder:
             if isinstance(encoded, Dropped):
                 lost[encoded.reason] += 1
                 details.setdefault(encoded.reason, encoded.detail)
-                continue
-            for _ in range(repeats):
-                writer.add(encoded)
-                self._count(encoded)
-            kept += 1
-        if not kept:
-            reason = next(iter(details), "no_example")
-            self._drop(reason, _detailed(place, details.get(reason)))
-            return
-        self.manifest.kept += 1
-        self.manifest.sources[sample.source or Path(row.file).name] += 1
-        self.manifest.parts.update(lost)
-        for reason, count in lost.items():
-            self._write({**_detailed(place, details.get(reason)), "reason": reason, "parts": count})
+            else:
+                kept.append(encoded)
+        return kept, details
 
     def _drop(self, reason: str, place: dict[str, Any]) -> None:
+        self.manifest.read += 1
         self.manifest.dropped[reason] += 1
-        self._write({**place, "reason": reason})
+        self.ledger.dropped(self.manifest.read, place, reason)
+        _write(self.rejected, {**place, "reason": reason})
 
-    def _write(self, entry: dict[str, Any]) -> None:
-        self.rejected.write(json.dumps(entry, ensure_ascii=False) + "\n")
-
-    def _count(self, encoded: EncodedSample) -> None:
+    def _count(self, encoded: EncodedSample, place: dict[str, Any]) -> None:
         manifest = self.manifest
         manifest.samples += 1
         manifest.sequences += len(encoded.sequences)
         manifest.pairs += len(encoded.pairs)
         for sequence in encoded.sequences:
             manifest.tokens += len(sequence.tokens)
+            if (largest := int(sequence.tokens.max())) > manifest.largest_token:
+                manifest.largest_token, manifest.largest_at = largest, f"{place['file']}: line {place['line']}"
             manifest.target_tokens += int(sequence.target.sum())
             turns, terminated = self.encoder.terminators(sequence)
             manifest.turns += turns
