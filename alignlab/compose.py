@@ -15,11 +15,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alignlab import checks, groups, names, plugins, schema, suggest, yamlio
+from alignlab import checks, groups, keys, names, plugins, schema, suggest, yamlio
 from alignlab.config import RootConfig, RunConfig
 from alignlab.errors import AlignlabError, ConfigError
 from alignlab.registry import OBJECTIVES, unknown_name
-from alignlab.settings import COMMAND_LINE, GROUPS, Setting, forbidden, from_file, from_tokens, from_values, spread
+from alignlab.settings import (
+    COMMAND_LINE,
+    GROUPS,
+    Setting,
+    forbidden,
+    foreign_code,
+    from_file,
+    from_tokens,
+    from_values,
+    spread,
+)
 
 OPEN = {"model": "model.name_or_path", "data": "data.path"}
 """Groups whose value may also be a path or a hub name, and the key it goes to."""
@@ -45,12 +55,16 @@ SELECTORS = tuple(f"{group}.name" for group in ("objective", "optim", "engine", 
 
 @dataclass(frozen=True)
 class Composed:
-    """A checked configuration.  ``provenance`` names for each key who set it; ``options`` the option of each group."""
+    """A checked configuration.  ``provenance`` names for each key who set it; ``options`` the option of each group.
+
+    ``stated`` are the keys that the user (or a recipe) set: each was meant to do something.
+    """
 
     config: RootConfig
     provenance: dict[str, str]
     options: dict[str, str | None]
     plugins: list[plugins.Plugin] = field(default_factory=list)
+    stated: frozenset[str] = frozenset()
 
 
 def compose(
@@ -69,7 +83,7 @@ def compose(
     if file and (start := _started_in(file)):
         of_file = [_where_it_ran(setting, start) for setting in of_file]
     settings = [*from_tokens(tokens, problems), *from_values(values or {})]
-    problems += forbidden([*of_file, *settings])
+    problems += forbidden([*of_file, *settings]) + foreign_code(of_file, spread(settings))
     if problems:
         raise ConfigError("\n".join(problems))
     settings = spread(settings)
@@ -78,12 +92,14 @@ def compose(
     chosen = _selections([*of_file, *settings], problems)
     misnamed = any("unknown objective" in problem for problem in problems)
     flat, provenance, picked = _base(chosen)
+    below = dict(flat)
     objective = flat.get("objective.name")
     known = schema.schema(objective)
     hints = getattr(OBJECTIVES.get(objective), "hints", {}) if objective else {}
 
     before = _selections(of_file, [])
     of_file = [s for s in of_file if not _stale_objective(s, before, objective)]
+    refused: set[str] = set()
     for layer in (of_file, settings):
         if layer is settings:
             _replace(before, settings, flat, provenance)
@@ -94,16 +110,57 @@ def compose(
                 continue  # the objective's name was wrong: said already
             elif problem := _apply(setting, known, hints, objective, flat, provenance):
                 problems.append(problem)
+                refused.add(setting.key)
     config = _build(flat, objective, problems)
     if config is not None:
         if file and settings and of_file and provenance.get("run.name") == file.name and config.run.name:
             config = _renamed(config, file, provenance)
         problems += checks.config_problems(config)
-        problems += missing(config, [need for need in needs if need != "objective" or not misnamed])
+        given = {need for need in OPEN if refused & {*IDENTITY[need], need}}  # given, and wrong: said already
+        given |= {"objective"} if misnamed else set()
+        problems += missing(config, [need for need in needs if need not in given])
     if problems or config is None:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
     built = schema.flatten(config)
-    return Composed(config, {key: provenance.get(key, "default") for key in built}, picked, loaded)
+    provenance = {key: provenance.get(key, "default") for key in built}
+    stated = _stated(built, provenance, known, below, of_file, before, picked)
+    if file is not None and (recorded := keys.recorded(file)):
+        provenance |= {k: recorded[k]["set_by"] for k, by in provenance.items() if by == file.name and k in recorded}
+    return Composed(config, provenance, picked, loaded, stated)
+
+
+def _stated(
+    built: dict[str, Any],
+    provenance: dict[str, str],
+    known: schema.Schema,
+    below: dict[str, Any],
+    of_file: list[Setting],
+    before: dict[str, str],
+    picked: dict[str, str | None],
+) -> frozenset[str]:
+    """The keys that the user or a recipe set, ``below`` being what holds without the user.
+
+    A run's own file states every key: those of its keys count that are not as they would be anyway.  Of a file's
+    section whose option the command line replaced, nothing counts.  Nor does a default on the command line that takes
+    back what a layer below it said: it has done its work.
+    """
+    filed = {setting.key: setting.raw for setting in of_file}
+    frozen = len(set(built) - set(filed) - set(SELECTORS)) == 0
+    found = set()
+    for key, source in provenance.items():
+        group = key.partition(".")[0]
+        anyway = schema.plain(below.get(key, known[key].default))
+        if source == COMMAND_LINE:
+            earlier = filed.get(key, anyway)
+            if built[key] != schema.plain(known[key].default) or str(earlier) == str(built[key]):
+                found.add(key)
+        elif source.startswith("conf/recipe/"):
+            found.add(key)
+        elif source != "default" and not source.startswith("conf/"):
+            replaced = before.get(group) not in (None, picked.get(group))
+            if not replaced and not (frozen and built[key] == anyway):
+                found.add(key)
+    return frozenset(found)
 
 
 def _renamed(config: RootConfig, file: Path, provenance: dict[str, str]) -> RootConfig:

@@ -40,6 +40,7 @@ SPEED_KEYS = (
     "reference.compute",
     "output_dir",
     "resume",
+    "resume_allow",
     "overwrite",
 )
 """Keys (or, with a dot at the end, sections) that never change a number beyond tolerance."""
@@ -92,6 +93,8 @@ def stated_keys(config: RootConfig) -> dict[str, Any]:
     kept = {key: value for key, value in flat.items() if not _is_speed(key)}
     if kept.get("data.merge_prompts") in ("true", "false"):
         del kept["data.merge_prompts"]
+    if kept.get("data.leaks") in ("error", "keep"):  # the same rows train, or none
+        del kept["data.leaks"]
     return kept
 
 

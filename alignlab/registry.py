@@ -29,6 +29,10 @@ class Registry:
         """All known names, sorted."""
         return sorted({*self._paths, *self._entries, *(e.name for e in self._installed())})
 
+    def is_builtin(self, name: str) -> bool:
+        """Whether ``name`` comes with the library."""
+        return name in self._paths
+
     def get(self, name: str) -> Any:
         """The entry called ``name``; a :class:`ConfigError` with the nearest names where there is none."""
         if name in self._entries:

@@ -89,6 +89,19 @@ def forbidden(settings: Iterable[Setting]) -> list[str]:
     return problems
 
 
+def foreign_code(of_file: Iterable[Setting], typed: Iterable[Setting]) -> list[str]:
+    """Files that ask for a model's own Python to be run, where nobody typed that key: a file may come from anybody."""
+    key = "model.trust_remote_code"
+    if any(setting.key == key for setting in typed):
+        return []
+    return [
+        f"{setting.source}: {key}: a file cannot ask for a model's own Python to be run; "
+        f"if you trust it, put {key}=true on the command line"
+        for setting in of_file
+        if setting.key == key and setting.raw is not False and setting.raw is not None
+    ]
+
+
 def _keys_inside(key: str, raw: Any) -> Iterable[str]:
     yield key
     if isinstance(raw, dict):

@@ -17,27 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alignlab.data.index import Index, IndexWriter
+from alignlab.data.index import Index
 from alignlab.data.loader import Loader
-from alignlab.data.plan import StepPlans
+from alignlab.data.random_trees import VOCABULARY, random_sample, write_index
 from alignlab.errors import CheckFailed, ConfigError
 from alignlab.metrics import Meter, finish
 from alignlab.models.scorer import Scorer
-from alignlab.train.step import accumulate, with_statistics
-from alignlab.types import (
-    Ask,
-    EncodedSample,
-    EncodedSequence,
-    Objective,
-    PackedBatch,
-    Scores,
-    StepContext,
-    Unit,
-)
+from alignlab.train.single import plans_of, run_step
+from alignlab.types import Ask, EncodedSample, Objective, PackedBatch, Scores, StepContext, Unit
 
-VOCABULARY = 31
 TOLERANCE = 1e-6
 """Relative, in float64: between layouts and between ways to cut a step."""
+NO_EFFECT = 1e-9
+"""A field that moves loss and gradients by no more than this, relative, does nothing."""
 CUTS: dict[str, dict[str, Any]] = {
     "rows, one micro-batch": {"layout": "rows"},
     "rows, cut": {"layout": "rows", "max_examples": 2},
@@ -88,10 +80,26 @@ def check_objective(objective: Any, config: Any = None, *, knobs: bool = True, s
                 "weight 0 against absence", world.step(subject, weights="zero"), world.step(subject, weights="absent")
             )
         world.step(subject, training=False)
-        for key, (base, changed) in _changes(objective.Config).items() if knobs else ():
+    for key, (base, changed, effect) in knob_effects(objective, seed=seed).items() if knobs else ():
+        if effect <= NO_EFFECT:
+            raise CheckFailed(f"{objective.name}.{key} changes neither loss nor gradients ({base} -> {changed})")
+
+
+def knob_effects(
+    objective: Any, *, samples: int = 5, seed: int = 0
+) -> dict[str, tuple[dict[str, Any], dict[str, Any], float]]:
+    """For every field of ``objective.Config``: two sets of options and how far apart their steps are.
+
+    The distance is the larger of the relative differences of loss and gradients, on a tiny model and ``samples``
+    random prompt trees.  Raises :class:`CheckFailed` for a field nobody says how to change.
+    """
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        world = World(Path(folder), objective.head, seed, samples)
+        for key, (base, changed) in _changes(objective.Config).items():
             results = [world.step(objective(objective.Config(**options)), naive=True) for options in (base, changed)]
-            if _distance(*results) <= 1e-9:
-                raise CheckFailed(f"{objective.name}.{key} changes neither loss nor gradients ({base} -> {changed})")
+            found[key] = (base, changed, distance(*results))
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -121,7 +129,7 @@ def _finite(objective: Any, result: Result) -> None:
         raise CheckFailed(f"{objective.name}: no parameter gets a gradient")
 
 
-def _distance(one: Result, other: Result) -> float:
+def distance(one: Result, other: Result) -> float:
     """The larger of the loss's and the gradients' relative difference."""
     scale = max(abs(one.loss), abs(other.loss), 1e-12)
     found = abs(one.loss - other.loss) / scale
@@ -131,11 +139,11 @@ def _distance(one: Result, other: Result) -> float:
 
 
 def _equal(what: str, found: Result, expected: Result, *, tolerance: float = TOLERANCE, metrics: bool = True) -> None:
-    distance = _distance(found, expected)
-    if not distance <= tolerance:
+    apart = distance(found, expected)
+    if not apart <= tolerance:
         raise CheckFailed(
             f"{what}: loss {found.loss:.9g} where {expected.loss:.9g} was expected, relative difference of loss or "
-            f"gradients {distance:.2g}; sums must be sums over the unit, and a row must not depend on its neighbours"
+            f"gradients {apart:.2g}; sums must be sums over the unit, and a row must not depend on its neighbours"
         )
     if not metrics:
         return
@@ -196,22 +204,20 @@ def one_step(
     (``reference``) reach the objective; ``mismatched`` are KTO's, by (own, partner).  ``naive`` takes the unmodified
     model's padded forward instead of the scorer; ``limits`` are those of a step plan (``max_examples``, ``dp``, ...).
     """
-    plan = _plans(index, objective, seed, layout=layout, **limits).at(0)
+    plan = plans_of(index, objective, seed, layout=layout, **limits).at(0)
     plan = replace(plan, dp=1)  # one process runs the micro-batches of every rank, fillers included
     dtype = next(model.parameters()).dtype
     loader = Loader(index, layout, torch.device("cpu"), dtype, 0, mixes_inputs=objective.mixes_inputs)
     loader.mismatched_values = {"reference": mismatched or {}}
     if not naive:
         model = copy.deepcopy(model)  # the scorer puts its own head and attention into the model it is given
-    engine = _Engine(NaiveScorer(model, objective.head) if naive else Scorer(model, objective.head, layout))
+    score = NaiveScorer(model, objective.head) if naive else Scorer(model, objective.head, layout)
     context = StepContext(
         step=1, total_steps=10, warmup_steps=4, seed=seed, totals=plan.totals, training=training
     )  # fmt: skip
     model.zero_grad(set_to_none=True)
     meter = Meter()
-    with torch.set_grad_enabled(training):
-        context = with_statistics(engine, objective, loader, plan, context)
-        loss = accumulate(engine, objective, loader, plan, context, meter, backward=training)
+    loss = run_step(score, objective, loader, plan, context, meter)
     named = model.named_parameters()
     gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in named}
     names = meter.names
@@ -220,15 +226,7 @@ def one_step(
 
 def all_mismatched_pairs(index: Index, objective: Any, seed: int = 0) -> list[tuple[int, int]]:
     """(own sequence, partner) of the step that :func:`one_step` runs."""
-    return [(own, partner) for own, partner in _plans(index, objective, seed).mismatched_pairs(0).tolist()]
-
-
-def _plans(index: Index, objective: Any, seed: int, layout: str = "rows", **limits: Any) -> StepPlans:
-    return StepPlans(
-        index, unit=objective.example, global_batch_size=index.example_count(objective.example), seed=seed,
-        max_steps=1, layout=layout, mismatched=objective.mismatched, mixes_inputs=objective.mixes_inputs,
-        **{"epochs": 1, "dp": 1, "token_budget": None, "max_examples": None, **limits},
-    )  # fmt: skip
+    return [(own, partner) for own, partner in plans_of(index, objective, seed).mismatched_pairs(0).tolist()]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -239,12 +237,13 @@ def _plans(index: Index, objective: Any, seed: int, layout: str = "rows", **limi
 class World:
     """A random Llama in float64 and random trees, with every number a row can have."""
 
-    def __init__(self, folder: Path, head: str, seed: int) -> None:
+    def __init__(self, folder: Path, head: str, seed: int, samples: int = 5) -> None:
         self.seed, self.head = seed, head
         self.model = tiny_model(head, seed)
         rng = np.random.default_rng(seed)
-        samples = [_sample(rng, number) for number in range(5)]
-        self.indices = {kind: _index(folder / kind, samples, kind) for kind in ("plain", "doubled", "zero", "absent")}
+        made = [random_sample(rng, number) for number in range(samples)]
+        kinds = ("plain", "doubled", "zero", "absent")
+        self.indices = {kind: write_index(folder / kind, _weighted(made, kind)) for kind in kinds}
         for index in self.indices.values():
             numbers = [
                 self._reference(index.sequence(n).tokens, index.sequence(n).target) for n in range(index.num_sequences)
@@ -312,21 +311,6 @@ class NaiveScorer:
         return (flat.detach() if ask.mix.frozen_embeddings else flat).view_as(inputs)
 
 
-class _Engine:
-    """As much of an engine as one step without an update needs."""
-
-    dp, rank, device = 1, 0, torch.device("cpu")
-
-    def __init__(self, score: Any) -> None:
-        self.score = score
-
-    def gather(self, values: Tensor) -> Tensor:
-        return values
-
-    def backward(self, loss: Tensor, last: bool) -> None:
-        loss.backward()
-
-
 def tiny_model(head: str, seed: int) -> Any:
     """A two-layer Llama over 31 tokens, float64, without dropout."""
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
@@ -342,51 +326,8 @@ def tiny_model(head: str, seed: int) -> Any:
     return kind(config).double()
 
 
-def _sample(rng: np.random.Generator, number: int) -> EncodedSample:
-    """A prompt and two to four answers; some share their first tokens, some have a turn of context inside."""
-    prompt = rng.integers(1, VOCABULARY, rng.integers(2, 7))
-    shared = rng.integers(1, VOCABULARY, 2)
-    sequences = []
-    for place in range(2 + number % 3):
-        answer = np.concatenate((shared[: number % 3], rng.integers(1, VOCABULARY, rng.integers(1, 6))))
-        parts, flags = [prompt, answer], [False, True]
-        if place == 1:
-            parts += [rng.integers(1, VOCABULARY, 3), rng.integers(1, VOCABULARY, 2)]
-            flags += [False, True]
-        sequences.append(
-            EncodedSequence(
-                np.concatenate(parts).astype(np.int32), np.repeat(flags, [len(part) for part in parts]).astype(bool)
-            )
-        )
-    pairs = np.array([(a, b) for a in range(len(sequences)) for b in range(a + 1, len(sequences))], dtype=np.int32)
-    count = len(sequences)
-    return EncodedSample(
-        id=str(number),
-        source="random",
-        sequences=sequences,
-        pairs=pairs,
-        sequence_values={
-            "weight": rng.choice([0.5, 1.0, 2.0], count),
-            "label": (np.arange(count) % 2 == 0).astype(float),
-            "score/quality": rng.integers(1, 6, count).astype(float),
-        },
-        pair_values={
-            "weight": rng.choice([0.5, 1.0, 2.0], len(pairs)),
-            "margin": rng.uniform(0.2, 1.0, len(pairs)),
-            "absolute": (np.arange(len(pairs)) % 2 == 0).astype(float),
-        },
-    )
-
-
-def _index(folder: Path, samples: list[EncodedSample], kind: str) -> Index:
-    """``doubled``: every weight twice; ``zero``: the last sample weighs nothing; ``absent``: it is not there."""
-    with IndexWriter(folder) as writer:
-        for sample in _weighted(samples, kind):
-            writer.add(sample)
-        return writer.close({})
-
-
 def _weighted(samples: list[EncodedSample], kind: str) -> Iterator[EncodedSample]:
+    """``doubled``: every weight twice; ``zero``: the last sample weighs nothing; ``absent``: it is not there."""
     for number, sample in enumerate(samples):
         last = number == len(samples) - 1
         if kind == "absent" and last:

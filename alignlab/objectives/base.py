@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import MISSING, fields
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -65,17 +64,6 @@ def within(key: str, value: float, low: float, high: float = float("inf"), *, op
     if not (low <= value <= high) or (open_low and value == low):
         bounds = f"{'above' if open_low else 'at least'} {low:g}" + (f" and at most {high:g}" if high < 1e300 else "")
         raise ConfigError(f"objective.{key}: {value} must be {bounds}")
-
-
-def unused(config: Any, keys: Collection[str], because: str) -> None:
-    """Refuse keys of ``config`` that were changed though nothing reads them: a knob that does nothing misleads.
-
-    Only choices count, never the zero of another number: a sweep may pass through ``gamma=0``.
-    """
-    for field in fields(config):
-        default = field.default_factory() if field.default_factory is not MISSING else field.default
-        if field.name in keys and getattr(config, field.name) != default:
-            raise ConfigError(f"objective.{field.name} has no effect {because}; leave it out")
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -19,14 +19,12 @@ from alignlab.objectives.base import (
     pair_value,
     sequence_sums,
     sequence_value,
-    unused,
     within,
 )
 from alignlab.objectives.pair_losses import (
     LOSS_TYPES,
     PAIR_LOSSES,
     REFERENCE_FREE,
-    SMOOTHED,
     WITH_LIKELIHOOD,
     PairTerms,
 )
@@ -77,19 +75,10 @@ class DPOConfig:
             )
         within("beta", self.beta, 0.0, open_low=True)
         within("label_smoothing", self.label_smoothing, 0.0, 0.5)
-        chosen = f"with loss_type={','.join(types)}"
-        if not SMOOTHED & set(types):
-            unused(self, ["label_smoothing"], f"{chosen} (only {', '.join(sorted(SMOOTHED))} read it)")
         if "exo_pair" in types and self.label_smoothing == 0:
             raise ConfigError("objective.label_smoothing: exo_pair needs it above 0; its paper suggests 1e-3")
         if "robust" in types and self.label_smoothing == 0.5:
             raise ConfigError("objective.label_smoothing: robust needs it below 0.5")
-        if "simpo" not in types:
-            unused(self, ["simpo_gamma"], chosen)
-        if "bco_pair" not in types:
-            unused(self, ["bco_running_mean"], chosen)
-        if set(types) <= REFERENCE_FREE:
-            unused(self, ["reference_free"], f"{chosen}, which has no reference")
 
 
 class DPO(BaseObjective):
@@ -138,11 +127,15 @@ class DPO(BaseObjective):
 
     @property
     def needs_reference(self) -> bool:
-        return not self.config.reference_free and not set(self._types) <= REFERENCE_FREE
+        return not set(self._types) <= REFERENCE_FREE and not self.config.reference_free
 
     @property
     def wants_statistics(self) -> bool:
-        return "kto_pair" in self._types or self.config.bco_running_mean
+        return "kto_pair" in self._types or self._has_running_mean
+
+    @property
+    def _has_running_mean(self) -> bool:
+        return "bco_pair" in self._types and bool(self.config.bco_running_mean)
 
     def step_statistics(self, score: Score, batch: PackedBatch, context: StepContext) -> dict[str, Tensor]:
         """Log-ratios and weight of every pair of the micro-batch, [P] each."""
@@ -155,7 +148,7 @@ class DPO(BaseObjective):
 
     def end_of_step(self, context: StepContext) -> dict[str, float]:
         """The memory for the next step: the running mean of the rewards and its weight."""
-        if not self.config.bco_running_mean:
+        if not self._has_running_mean:
             return dict(context.state)
         mean, count = self._running_mean(context)
         return {"bco_mean": float(mean), "bco_count": float(count)}
@@ -184,7 +177,6 @@ class DPO(BaseObjective):
         ratio = policy - sequence_value(batch, "reference", policy) if self.needs_reference else policy
         length = num_targets(batch, policy)
         chosen, rejected = batch.pairs.unbind(1)
-        gamma = self.config.simpo_gamma
         return PairTerms(
             chosen=ratio[chosen],
             rejected=ratio[rejected],
@@ -192,14 +184,12 @@ class DPO(BaseObjective):
             rejected_logps=policy[rejected],
             chosen_length=length[chosen],
             rejected_length=length[rejected],
-            beta=self.config.beta,
-            label_smoothing=self.config.label_smoothing,
-            simpo_gamma=0.5 if gamma is None else gamma,
+            options=self.config,
             shift=self._shift(context, policy),
         )
 
     def _shift(self, context: StepContext, like: Tensor) -> Tensor | float:
-        if not self.config.bco_running_mean:
+        if not self._has_running_mean:
             return 0.0
         if not context.training or not context.statistics:
             return context.state.get("bco_mean", 0.0)

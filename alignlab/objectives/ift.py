@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from alignlab.metrics import stat
-from alignlab.objectives.base import BaseObjective, num_targets, one_of, sequence_sums, sequence_value, unused, within
+from alignlab.objectives.base import BaseObjective, num_targets, one_of, sequence_sums, sequence_value, within
 from alignlab.ops.segments import (
     prefix_discounted_sum,
     segment_max,
@@ -62,7 +62,9 @@ class IFTConfig:
     gamma: float = 0.95
     """Decay of a loss over positions; tuned by the paper for 1,024 tokens."""
     propagation: str = field(default="product", metadata=_live("propagation", "linear"))
-    """product | linear | none: see the module's text."""
+    """What a token's loss l_t is weighted by. product (released code): w_t = N S_t / sum_s S_s with
+    S_t = sum_{j>=t} gamma^(j-t) l_j, so that hard continuations weigh more; linear (paper, eq. 21):
+    sum_{n<=t} gamma^(t-n); none: 1."""
     propagation_type: str = field(default="loss", metadata=_live("propagation_type", "logps", propagation_norm="log"))
     """What is summed: loss (l/N), logps (l), mask (1)."""
     propagation_side: str = field(default="left", metadata=_live("propagation_side", "right"))
@@ -88,15 +90,6 @@ class IFTConfig:
         for key in ("min_lambda", "max_lambda", "gamma"):
             within(key, getattr(self, key), 0.0, 1.0)
         within("disturb_std", self.disturb_std, 0.0)
-        if self.lambda_schedule is None:
-            unused(self, ["min_lambda"], "without lambda_schedule")
-        if self.lambda_disturb is None:
-            unused(self, ["disturb_std"], "without lambda_disturb")
-        if self.propagation != "product":
-            product_only = ["propagation_type", "propagation_side", "propagation_norm", "detach_weights"]
-            unused(self, product_only, f"with propagation={self.propagation}")
-        if self.propagation == "none":
-            unused(self, ["gamma"], "with propagation=none")
 
 
 class IFT(BaseObjective):
@@ -134,9 +127,8 @@ class IFT(BaseObjective):
         """lambda of this step; a pure function of the configuration, the seed and the step."""
         config = self.config
         value: float = config.max_lambda
-        if config.lambda_schedule == "linear":
-            progress = min(1.0, context.step / max(1, context.warmup_steps)) if context.warmup_steps else 1.0
-            value = config.min_lambda + (config.max_lambda - config.min_lambda) * progress
+        if config.lambda_schedule == "linear" and context.step < context.warmup_steps:
+            value = config.min_lambda + (config.max_lambda - config.min_lambda) * context.step / context.warmup_steps
         if config.lambda_disturb == "normal" and context.training:
             noise = np.random.Generator(np.random.Philox(key=[context.seed, context.step])).standard_normal()
             value = min(1.0, max(0.0, value * (1 + config.disturb_std * float(noise))))

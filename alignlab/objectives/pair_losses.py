@@ -10,11 +10,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+
+
+class PairOptions(Protocol):
+    """Numbers of a pair loss.  A loss reads those it uses and no others: what nothing read is refused to the user."""
+
+    beta: float
+    label_smoothing: float
+    simpo_gamma: float | None
 
 
 class PairTerms(NamedTuple):
@@ -29,11 +37,22 @@ class PairTerms(NamedTuple):
     chosen_length: Tensor
     """number of target tokens"""
     rejected_length: Tensor
-    beta: float
-    label_smoothing: float = 0.0
-    simpo_gamma: float = 0.5
+    options: PairOptions
     shift: Tensor | float = 0.0
     """running mean of the rewards (``bco_pair`` only)"""
+
+    @property
+    def beta(self) -> float:
+        return self.options.beta
+
+    @property
+    def label_smoothing(self) -> float:
+        return self.options.label_smoothing
+
+    @property
+    def simpo_gamma(self) -> float:
+        gamma = self.options.simpo_gamma
+        return 0.5 if gamma is None else gamma
 
 
 PairLoss = Callable[[PairTerms], Tensor]
@@ -156,7 +175,5 @@ PAIR_LOSSES: dict[str, PairLoss] = {
 LOSS_TYPES = (*PAIR_LOSSES, "kto_pair", "sft")
 REFERENCE_FREE = frozenset({"simpo", "orpo", "sft"})
 """Losses that never look at the reference."""
-SMOOTHED = frozenset({"sigmoid", "robust", "exo_pair", "simpo"})
-"""Losses that read ``label_smoothing``."""
 WITH_LIKELIHOOD = frozenset({"orpo", "sft"})
 """Losses with a negative log-likelihood term over the chosen answer's tokens."""

@@ -10,7 +10,7 @@ from torch.nn.functional import logsigmoid
 
 from alignlab.errors import DataError
 from alignlab.metrics import stat
-from alignlab.objectives.base import BaseObjective, one_of, pair_value, unused, within
+from alignlab.objectives.base import BaseObjective, one_of, pair_value, within
 from alignlab.types import Ask, LossOutput, PackedBatch, Score, StepContext, Unit
 
 
@@ -33,8 +33,6 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         one_of("loss_type", self.loss_type, ("bradley_terry", "eurus"))
-        if self.loss_type != "eurus":
-            unused(self, ["absolute_weight"], f"with loss_type={self.loss_type}")
         for key in ("center_rewards_coefficient", "absolute_weight"):
             if getattr(self, key) is not None:
                 within(key, getattr(self, key), 0.0)

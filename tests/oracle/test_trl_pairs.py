@@ -105,7 +105,8 @@ def test_simpo_is_that_of_the_contrastive_trainer():
             accelerator=SimpleNamespace(device="cpu"),
         )  # fmt: skip
         theirs = trainer.cpo_loss(stand_in, *(sums / lengths))[0]
-        given = PairTerms(*sums, *sums, *lengths, beta=2.0, label_smoothing=smoothing, simpo_gamma=1.2)
+        options = DPOConfig(beta=2.0, label_smoothing=smoothing, simpo_gamma=1.2)
+        given = PairTerms(*sums, *sums, *lengths, options=options)
         assert_same(PAIR_LOSSES["simpo"](given), theirs, sums, rtol=1e-12)
 
 
@@ -115,7 +116,7 @@ def test_orpo_is_that_of_its_trainer():
     sums, lengths = terms()
     stand_in = SimpleNamespace(beta=0.25, accelerator=SimpleNamespace(device="cpu"))
     ratio_loss = -trainer.odds_ratio_loss(stand_in, *(sums / lengths))[0]
-    given = PairTerms(*sums, *sums, *lengths, beta=0.25)
+    given = PairTerms(*sums, *sums, *lengths, options=DPOConfig(beta=0.25))
     assert_same(PAIR_LOSSES["orpo"](given), ratio_loss, sums, rtol=1e-4)
 
 

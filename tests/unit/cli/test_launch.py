@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,8 +17,8 @@ from typing import Any
 
 import pytest
 
+from alignlab import agent, heartbeat, launch, processes, supervise
 from alignlab import compose as compose_module
-from alignlab import launch
 from alignlab.cli import Request, main, make_request
 from alignlab.errors import AlignlabError, BusyError, ConfigError, DataError, StorageError
 from alignlab.runfolder import OURS, RunFolder, write_atomic
@@ -305,7 +306,7 @@ def test_signals_are_passed_on_and_the_code_comes_from_the_status(tmp_path: Path
     thread.start()
     code = launch.supervise(folder, [sys.executable, "-c", CHILD, str(folder.path)])
     thread.join()
-    assert code == 1
+    assert code == 75
     assert launch.finish(request(), folder, code) == 75
 
 
@@ -316,6 +317,107 @@ def test_workers_that_vanish_are_a_lost_rank(tmp_path: Path) -> None:
     with pytest.raises(AlignlabError, match="SIGKILL") as caught:
         launch.finish(request(), folder, code)
     assert caught.value.exit_code == 5
+
+
+def test_done_is_done_whatever_the_processes_did_afterwards(tmp_path: Path) -> None:
+    """Teardown of a process group can abort after all is written."""
+    folder = RunFolder(tmp_path)
+    folder.write_status(state="done", exit_code=0, step=7)
+    for code in (1, -signal.SIGABRT, 5):
+        assert launch.finish(request(), folder, code) == 0
+    assert folder.status()["state"] == "done"
+
+
+def test_a_signal_that_nobody_could_answer_is_a_preemption(tmp_path: Path) -> None:
+    """The agent dies of the signal itself while it still imports: no rank has started."""
+    folder = RunFolder(tmp_path)
+    folder.write_status(state="running")
+    code = launch.supervise(folder, [sys.executable, "-c", "import os; os.kill(os.getpid(), 12)"])
+    with pytest.raises(AlignlabError, match="before the ranks could save"):
+        launch.finish(request(), folder, code)
+    assert (folder.status()["state"], folder.status()["exit_code"]) == ("preempted", 75)
+
+
+def test_a_signal_before_the_start_starts_nothing(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    with processes.StopFlag().installed():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert launch.supervise(folder, ["/no/such/program"]) == 75
+
+
+@pytest.mark.parametrize(
+    ("codes", "how", "rank"),
+    [({}, "hung", 1), ({1: -9}, "was killed by SIGKILL", 1), ({0: 3}, "ended with exit code 3", 0)],
+)
+def test_the_lost_rank_is_named(tmp_path: Path, codes: dict[int, int], how: str, rank: int) -> None:
+    folder = RunFolder(tmp_path)
+    folder.logs.mkdir()
+    folder.write_status(state="running", step=1)
+    for number, (phase, beats) in enumerate([("update", 9), ("forward", 7), ("update", 9)]):
+        beat = heartbeat.Beat(number, "here", 100 + number, 3, 2, phase, beats, 0.0, ended=number == 2)
+        heartbeat.path_of(folder.logs, number).write_text(json.dumps(dataclasses.asdict(beat)))
+    if codes:
+        agent.write_report(folder.logs, codes)
+    with pytest.raises(AlignlabError, match=f"rank {rank} {how} at step 3") as caught:
+        launch.finish(request(), folder, 5)
+    status = folder.status()
+    assert (caught.value.exit_code, status["exit_code"], status["step"]) == (5, 5, 2)
+    assert {key: status["lost"][key] for key in ("rank", "step", "how")} == {"rank": rank, "step": 3, "how": how}
+
+
+OUTLIVES = """
+import sys, time
+from alignlab.runfolder import RunFolder
+RunFolder(sys.argv[1]).write_status(state=sys.argv[2], exit_code=0)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("state", ["done", "failed", "preempted"])
+def test_ranks_that_outlive_the_outcome_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str) -> None:
+    monkeypatch.setattr(supervise, "GRACE_SECONDS", 0.5)
+    folder = RunFolder(tmp_path)
+    folder.write_status(state="running")
+    begun = time.monotonic()
+    assert launch.supervise(folder, [sys.executable, "-c", OUTLIVES, str(tmp_path), state]) == 5
+    assert time.monotonic() - begun < 30
+
+
+DEAD_RANK = """
+import os, subprocess, sys, time
+from pathlib import Path
+from alignlab import heartbeat
+if os.fork() == 0:
+    heartbeat.start(Path(sys.argv[1]), 1)
+    os.kill(os.getpid(), 9)
+time.sleep(60)
+"""
+
+
+def test_a_dead_rank_ends_the_job_though_the_others_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervise, "GRACE_SECONDS", 0.5)
+    folder = RunFolder(tmp_path)
+    folder.write_status(state="running")
+    folder.logs.mkdir()
+    assert launch.supervise(folder, [sys.executable, "-c", DEAD_RANK, str(folder.logs)]) == 5
+
+
+def test_a_start_whose_folder_was_taken_over_ends_its_ranks(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with folder.claim():
+        folder.write_status(state="running", attempt=2)
+        folder.owner.write_text(json.dumps({"token": "another", "pid": 1, "host": "elsewhere"}))
+        with pytest.raises(BusyError, match="process 1 on elsewhere"):
+            launch.supervise(folder, [sys.executable, "-c", "import time; time.sleep(60)"])
+        assert folder.disowned
+    assert folder.status()["state"] == "running"
+
+
+def test_a_start_whose_folder_was_taken_over_writes_no_status() -> None:
+    with pytest.raises(BusyError), launch.owned(request()) as (folder, _):
+        folder.owner.write_text(json.dumps({"token": "another", "pid": 1, "host": "elsewhere"}))
+        raise BusyError("taken over")
+    assert RunFolder("runs/here").status()["state"] == "running"
 
 
 GROUP = """

@@ -62,7 +62,7 @@ def test_every_node_computes_the_same_rendezvous_and_its_own_ranks() -> None:
     ranks: list[int] = []
     for place in places:
         command = torchrun(RunFolder("runs/x"), 4, place.rendezvous())
-        options = dict(zip(command[3::2], command[4::2], strict=False))
+        options = dict(zip(command[4::2], command[5::2], strict=False))
         assert options["--master-addr"] == "gpu08"
         assert options["--master-port"] == str(20000 + 123456 % 20000)
         assert options["--nnodes"] == "3"

@@ -81,7 +81,7 @@ def test_a_failed_point_is_recorded_and_the_sweep_goes_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     call = sweep._call
-    monkeypatch.setattr(sweep, "_call", lambda command, out: call([sys.executable, "-c", POINT, *command[4:]], out))
+    monkeypatch.setattr(sweep, "_call", lambda command, *rest: call([sys.executable, "-c", POINT, *command[4:]], *rest))
     words = ["train", "-m", *BASE, "seed=0,1,2", "data.limit=4"]
     assert main([*words, "--json"]) == 1
     (folder,) = Path("sweeps").iterdir()

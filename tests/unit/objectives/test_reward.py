@@ -82,7 +82,5 @@ def test_micro_batches_add_up_and_statistics(batch_of, table, step):
 
 
 def test_options():
-    with pytest.raises(ConfigError, match="absolute_weight has no effect"):
-        RewardConfig(absolute_weight=1.0)
     with pytest.raises(ConfigError, match="'bt' is none of bradley_terry, eurus"):
         RewardConfig(loss_type="bt")
