@@ -6,6 +6,7 @@ Each function returns the problems it finds, one line each, so that a command re
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("auto", "fp32", "bf16", "fp64"),
     "model.layout": ("auto", "tree", "packed", "rows"),
     "data.overlong": ("drop", "cut", "error"),
+    "data.leaks": ("error", "drop", "keep"),
     "data.history_reasoning": ("keep", "drop"),
     "data.merge_prompts": ("false", "true"),
     "data.condition.position": ("user", "system"),
@@ -73,20 +75,41 @@ RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 _SECRETS = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_[A-Za-z0-9_]{20,}"
-    r"|\bAKIA[0-9A-Z]{16}\b|\bxox[abprs]-[A-Za-z0-9-]{10,}|\bglpat-[A-Za-z0-9_-]{16,}|\bAIza[0-9A-Za-z_-]{30,}"
-    r"|\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{5,}\.[A-Za-z0-9_-]*|[a-z][a-z0-9+.-]*://[^/\s:@]*:[^/\s@]+@"
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+    r"|\bA[KS]IA[0-9A-Z]{16}\b|\bxox[abprs]-[A-Za-z0-9-]{10,}|\bglpat-[A-Za-z0-9_-]{16,}|\bAIza[0-9A-Za-z_-]{30,}"
+    r"|\bnpm_[A-Za-z0-9]{30,}|\bpypi-[A-Za-z0-9_-]{30,}|\b(?i:bearer) [A-Za-z0-9._~+/-]{16,}=*"
+    r"|\beyJ[A-Za-z0-9_-]{10,1000}\.eyJ[A-Za-z0-9_-]{5,1000}\.[A-Za-z0-9_-]*"
+    r"|(?i:[a-z][a-z0-9+.-]{0,20})://[^/\s:@]{0,100}:[^/\s@]{1,200}@"
+    r"|[?&](?i:[a-z_-]{0,20}(?:token|key|secret|password|signature|sig))=[^&\s]{8,}"
+    r"|-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----(?:[^-]{0,10000}-----END [A-Z ]{0,30}PRIVATE KEY-----)?"
 )
+"""Every repetition has an end: the text may be long and of foreign make."""
+
+_SECRET_NAME = re.compile(r"(?i)(^|_)(token|key|secret|password|passwd|credentials?)(_|$)")
+"""Environment variables whose values are secrets, whatever they look like (``WANDB_API_KEY``, ``HF_TOKEN``)."""
+
+
+def _in_environment() -> list[str]:
+    return sorted(
+        (v for name, v in os.environ.items() if _SECRET_NAME.search(name) and len(v) >= 8), key=len, reverse=True
+    )
 
 
 def looks_secret(text: str) -> bool:
-    """Whether ``text`` holds what looks like a token, a key or a password."""
-    return _SECRETS.search(text) is not None
+    """Whether ``text`` holds what looks like a token, a key or a password, or a secret of the environment."""
+    return _SECRETS.search(text) is not None or any(value in text for value in _in_environment())
 
 
 def redact(text: str) -> str:
-    """``text`` with everything that looks like a secret struck out."""
+    """``text`` with everything struck out that looks like a secret or is one of the environment's."""
+    for value in _in_environment():
+        text = text.replace(value, "[redacted]")
     return _SECRETS.sub("[redacted]", text)
+
+
+KERNEL = re.compile(r"[A-Za-z][A-Za-z0-9_|]*")
+"""Attention implementations that are in transformers or installed; others are names of code on the hub."""
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def value_problem(key: str, value: Any) -> str | None:
@@ -113,6 +136,8 @@ def value_problem(key: str, value: Any) -> str | None:
             return f"expected loggers among {', '.join(LOGGERS)}" + (f"; did you mean {near[0]}?" if near else "")
     if key == "run.name" and (not RUN_NAME.fullmatch(value) or value.endswith(".")):
         return "expected 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit"
+    if key == "model.attn_implementation" and not KERNEL.fullmatch(value):
+        return "expected the name of an installed kernel (sdpa, eager, flash_attention_2, ...), not code from the hub"
     if key == "launch.time" and not re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", value):
         return "expected a Slurm time such as 24:00:00 or 2-00:00:00"
     if key == "launch.extra" and any("\n" in line for line in value):
@@ -151,6 +176,13 @@ def config_problems(config: RootConfig) -> Iterator[str]:
             yield f"{key}: no such file or folder: {path}"
         elif path == "":
             yield f"{key}: empty"
+    if config.model.trust_remote_code and not COMMIT.fullmatch(config.model.revision or ""):
+        for name in filter(None, (config.model.name_or_path, config.model.tokenizer_name_or_path)):
+            if "/" in name and not Path(name).exists():
+                yield (
+                    f"model.trust_remote_code: {name} is on the hub, where the code behind a name can change; "
+                    "add model.revision=<commit, 40 hex digits>"
+                )
     if config.resume not in ("auto", "never") and not Path(config.resume).exists():
         yield f"resume: no checkpoint at {config.resume} (expected auto, never or a checkpoint's path)"
     many = launch.nnodes > 1 or (launch.nproc != "auto" and int(launch.nproc) > 1)

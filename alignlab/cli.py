@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TextIO
 
 from alignlab import __version__
 from alignlab.errors import AlignlabError, ConfigError
+from alignlab.processes import StopFlag
 
 QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -40,6 +41,8 @@ class Verb(NamedTuple):
     needs: tuple[str, ...] = ()
     target: str = "config"
     """``config``: a YAML file or run folder to compose from; ``model``: a run or a model; ``words``: no composition"""
+    own: tuple[str, ...] = ()
+    """keys of the verb's own, which no configuration has"""
 
 
 ALL = ("model", "data", "objective")
@@ -48,10 +51,17 @@ VERBS: dict[str, Verb] = {
     "prepare": Verb("alignlab.verbs.prepare:run", "fetch and build everything train needs; no GPU", False, ALL),
     "inspect": Verb("alignlab.verbs.inspect:run", "rows as the model sees them, targets marked", True, ALL),
     "probe": Verb("alignlab.verbs.probe:run", "loss and gradient norms of the first step, no update", False, ALL),
+    "verify": Verb(
+        "alignlab.verbs.verify:run", "ways to train that must agree, tried on your rows: a matrix, exit 1 if one fails",
+        False, ALL, own=("rows", "steps", "layers", "cells"),
+    ),
     "show": Verb("alignlab.verbs.show:run", "options, keys, and the composed configuration with who set what", True),
     "evaluate": Verb("alignlab.verbs.evaluate:run", "loss, accuracy, verifier on held-out rows", True, (), "model"),
     "sample": Verb("alignlab.verbs.sample:run", "answers of a run or model, generated in batches", True, (), "model"),
     "export": Verb("alignlab.verbs.export:run", "a run as a plain Hugging Face folder", True, (), "model"),
+    "ledger": Verb(
+        "alignlab.verbs.ledger:run", "what a run saw: ledger RUN [step=N | sample=ID | other=RUN]", False, (), "words"
+    ),
     "env": Verb("alignlab.verbs.env:run", "versions, devices, cache", False, (), "words"),
     "cache": Verb("alignlab.verbs.cache:run", "what is cached: cache ls | cache rm KIND [KEY]", False, (), "words"),
     "ls": Verb("alignlab.verbs.ls:run", "the runs in a folder and how they stand", False, (), "words"),
@@ -77,8 +87,14 @@ class Request:
     """the YAML file that was composed"""
     settings: dict[str, Any] = field(default_factory=dict)
     """Python values given to :func:`alignlab.run`"""
+    own: dict[str, Any] = field(default_factory=dict)
+    """the verb's own keys that were set: text from the command line, values from Python"""
     options: dict[str, str | None] = field(default_factory=dict)
     plugins: list[Any] = field(default_factory=list)
+    stated: frozenset[str] = frozenset()
+    """the keys that the user or a recipe set"""
+    reads: set[str] = field(default_factory=set)
+    """the keys read so far, where the configuration is watched (:mod:`alignlab.watch`)"""
     stdout: TextIO = field(default_factory=lambda: sys.stdout)
 
 
@@ -152,7 +168,15 @@ def load(verb: str) -> Any:
 def _dispatch(arguments: _Arguments, stdout: TextIO, settings: dict[str, Any] | None = None) -> int:
     verb = VERBS[arguments.verb]
     if verb.target == "words":
-        return load(arguments.verb)(Request(arguments.verb, json=arguments.json, words=arguments.words, stdout=stdout))
+        request = Request(arguments.verb, json=arguments.json, words=arguments.words, stdout=stdout)
+        request.settings = dict(settings or {})
+        return load(arguments.verb)(request)
+    # Composing takes seconds; a signal that comes meanwhile must find someone who remembers it.
+    with StopFlag().installed() if arguments.verb == "train" else contextlib.nullcontext():
+        return _composed(arguments, stdout, settings)
+
+
+def _composed(arguments: _Arguments, stdout: TextIO, settings: dict[str, Any] | None) -> int:
     request = make_request(arguments.verb, arguments.words, settings, json=arguments.json, compose=not arguments.sweep)
     request.stdout = stdout
     if arguments.sweep:
@@ -172,7 +196,11 @@ def make_request(
 ) -> Request:
     """The request that the arguments of a composing verb stand for."""
     target, tokens = _target(verb, words)
-    request = Request(verb, target=target, json=json, overrides=tokens, settings=dict(settings or {}))
+    own = {key: text for key, _, text in (t.partition("=") for t in tokens) if key in VERBS[verb].own}
+    tokens = [token for token in tokens if token.partition("=")[0] not in own]
+    given = dict(settings or {})
+    own |= {key: given.pop(key) for key in VERBS[verb].own if key in given}
+    request = Request(verb, target=target, json=json, overrides=tokens, settings=given, own=own)
     if target is not None:
         request.file = _composed_from(verb, target)
         if VERBS[verb].target == "model" and request.file is None:
@@ -189,6 +217,7 @@ def compose_request(request: Request) -> None:
     composed = compose(request.overrides, file=request.file, values=request.settings, needs=VERBS[request.verb].needs)
     request.config, request.provenance = composed.config, composed.provenance
     request.options, request.plugins = composed.options, composed.plugins
+    request.stated = composed.stated
 
 
 def _target(verb: str, words: list[str]) -> tuple[str | None, list[str]]:

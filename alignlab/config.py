@@ -96,6 +96,8 @@ class DataConfig:
     """true: rows of one step with equal prompts share it (a speed key). Merging over the whole epoch: not built yet."""
     max_reject_fraction: float = 0.0
     """Share of rows that may be unreadable or of the wrong schema; above it the run stops at the first."""
+    leaks: str = "error"
+    """Examples to train on that are held out too: error | drop (they do not train) | keep (they do, counted)."""
     limit: int | None = None
     """Use only the first rows."""
     condition: ConditionConfig = field(default_factory=ConditionConfig)
@@ -263,5 +265,7 @@ class RootConfig:
     output_dir: str = "runs"
     resume: str = "auto"
     """auto | never | a checkpoint's path"""
+    resume_allow: list[str] = field(default_factory=list)
+    """Keys in which the run that a checkpoint comes from may differ from this one, e.g. ``[optim.learning_rate]``."""
     overwrite: bool = False
     plugins: list[str] = field(default_factory=list)

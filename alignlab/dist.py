@@ -6,12 +6,10 @@ and cannot run code.  With one process everything here is the identity and needs
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
-import signal
-import sys
+import socket
 from datetime import timedelta
 from typing import Any
 
@@ -23,6 +21,8 @@ from alignlab.errors import AlignlabError, ConfigError, HangError, StorageError
 _control: torch_dist.ProcessGroup | None = None
 _timeout: float = 600.0
 _set_local_rank = False
+
+LOOPBACK = "127.0.0.1"
 
 
 def rank() -> int:
@@ -72,10 +72,49 @@ def init(backend: str = "auto", timeout: float = 600.0, group: bool = False) -> 
         torch_dist.init_process_group(backend, store=torch_dist.HashStore(), rank=0, world_size=1, timeout=limit)
     else:
         try:
-            torch_dist.init_process_group(backend, timeout=limit)
+            store = _loopback_store(limit)
+            if store is None:
+                torch_dist.init_process_group(backend, timeout=limit)
+            else:
+                torch_dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=limit)
         except (ValueError, RuntimeError) as error:
             raise HangError(f"rank {rank()} could not join the group of {world_size()} ranks: {_line(error)}") from None
     _control = torch_dist.new_group(backend="gloo", timeout=limit) if backend == "nccl" else torch_dist.group.WORLD
+
+
+def _loopback_store(limit: timedelta) -> torch_dist.Store | None:
+    """Where the ranks of one node meet; None where torchrun has made a place, or there are several nodes.
+
+    torch's own server listens on every address of the machine, and whoever reaches it can disturb the run.
+    """
+    if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE") or os.environ.get("MASTER_ADDR") != LOOPBACK:
+        return None
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    port = int(os.environ["MASTER_PORT"])
+    if rank() > 0:
+        return torch_dist.TCPStore(LOOPBACK, port, world_size(), is_master=False, timeout=limit)
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((LOOPBACK, port))
+        except OSError as error:
+            raise RuntimeError(f"port {port} of {LOOPBACK}: {error.strerror}") from None
+        listener.listen(128)
+        return torch_dist.TCPStore(
+            LOOPBACK, port, world_size(), is_master=True, timeout=limit, master_listen_fd=listener.detach()
+        )
+
+
+def limit_groups() -> None:
+    """Give every process group the timeout of :func:`init`.
+
+    A library that makes groups of its own (DeepSpeed copies the world's) leaves them with torch's half an hour.
+    """
+    from torch.distributed import distributed_c10d
+
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timedelta(seconds=_timeout), group)
 
 
 def shutdown() -> None:
@@ -164,19 +203,6 @@ def derive_seed(*keys: int | str | float) -> int:
     """A 63-bit seed from any keys, the same on every machine: BLAKE2b of their JSON text."""
     text = json.dumps(keys, separators=(",", ":"))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
-
-
-def die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent dies, so that a killed launcher leaves no trainer behind.
-
-    torchrun does not do this: SIGKILL of its agent leaves workers that go on writing checkpoints.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL, 0, 0, 0)  # 1 = PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it died before the call
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _line(error: BaseException) -> str:

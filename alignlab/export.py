@@ -55,8 +55,8 @@ def _write(job: Job, model: Any, weights: Mapping[str, Tensor], pad: int | None,
         model.config.pad_token_id = before
     if job.data.tokenizer is not None:
         tokenizer = copy.deepcopy(job.data.tokenizer)
-        if job.data.encoder.template is not None:
-            tokenizer.chat_template = job.data.encoder.template
+        # Also where there was none: a foreign tokenizer's other templates would be written under names of its choice.
+        tokenizer.chat_template = job.data.encoder.template
         if job.data.objective.head == "scalar":
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)  # what it pads with is what pooling skips
         tokenizer.save_pretrained(folder)

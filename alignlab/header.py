@@ -18,11 +18,10 @@ def write_data_account(folder: RunFolder, job: Job) -> None:
     """``data/``: the account of both sides, the rows left out, the first three rows as the model sees them."""
     folder.data.mkdir(exist_ok=True)
     prepared = job.data.train
-    accounts = {"train": prepared.manifest}
-    if job.data.held_out is not None:
-        accounts["held_out"] = job.data.held_out.manifest
-    write_atomic(folder.data / "manifest.json", json.dumps(accounts, indent=1, ensure_ascii=False) + "\n")
+    write_atomic(folder.data / "manifest.json", json.dumps(job.data.accounts(), indent=1, ensure_ascii=False) + "\n")
     write_atomic(folder.data / "rejected.jsonl", (prepared.folder / "rejected.jsonl").read_text(encoding="utf-8"))
+    found = "".join(json.dumps(entry) + "\n" for entry in job.data.findings())
+    write_atomic(folder.data / "findings.jsonl", found)
     first = [sample_text(prepared.index.sample(i), job.data.tokenizer) for i in range(min(3, len(prepared.index)))]
     write_atomic(folder.data / "samples.txt", "\n\n".join(first) + "\n")
 
@@ -50,6 +49,7 @@ def header(job: Job, folder: RunFolder, progress: Progress, seconds: float) -> l
             f"{manifest['read']:,} read = {manifest['kept']:,} kept + {dropped:,} dropped"
             + (f" ({reasons}: data/rejected.jsonl)" if dropped else ""),
         ),
+        *(("warning", f"{text}: data/findings.jsonl") for text in [findings_text(job.data.accounts())] if text),
         (
             "masks",
             f"{share:.0f}% of tokens supervised, terminator in {manifest['terminated']:,} of "
@@ -64,6 +64,21 @@ def header(job: Job, folder: RunFolder, progress: Progress, seconds: float) -> l
         ),
     ]
     return lines
+
+
+def findings_text(accounts: Mapping[str, Any]) -> str:
+    """What was kept and is suspect, in one line; empty where nothing is."""
+    said = []
+    for side, name in (("train", "training rows"), ("held_out", "held-out rows")):
+        counts = accounts.get(side, {}).get("findings", {})
+        if counts:
+            said.append(f"{', '.join(f'{kind} {n:,}' for kind, n in sorted(counts.items()))} in the {name}")
+    both = accounts.get("overlap", {})
+    if both.get("leak"):
+        said.append(f"{both['leak']:,} training examples are held out too")
+    if both.get("shared_prompt"):
+        said.append(f"{both['shared_prompt']:,} prompts are held out too, with other answers")
+    return "; ".join(said)
 
 
 def _parameters(job: Job) -> str:

@@ -5,8 +5,10 @@ Two halves: :func:`prepare_data` needs no device and no process group; :func:`as
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,13 +17,23 @@ from alignlab import dist
 from alignlab.config import DataConfig, ModelConfig, RootConfig
 from alignlab.data.index import Index
 from alignlab.data.loader import Loader
+from alignlab.data.overlap import Overlap, compare
 from alignlab.data.plan import StepPlans, sequential
 from alignlab.data.prepare import Needs, Prepared, prepare
 from alignlab.data.template import Encoder
 from alignlab.engine.base import make_engine
 from alignlab.errors import DataError
 from alignlab.models.adapters import apply_peft
-from alignlab.models.load import Loaded, disable_dropout, load_model, load_tokenizer, max_positions, resolve_dtype
+from alignlab.models.load import (
+    Loaded,
+    check_same_tokens,
+    check_token_ids,
+    disable_dropout,
+    load_model,
+    load_tokenizer,
+    max_positions,
+    resolve_dtype,
+)
 from alignlab.models.proof import choose_layout
 from alignlab.models.scorer import Scorer
 from alignlab.registry import OBJECTIVES
@@ -42,6 +54,23 @@ class JobData:
     encoder: Encoder
     train: Prepared
     held_out: Prepared | None
+    overlap: Overlap
+    """of the training rows with the held-out rows"""
+
+    def accounts(self) -> dict[str, Any]:
+        """The manifests of both sides, and what they share."""
+        found: dict[str, Any] = {"train": self.train.manifest}
+        if self.held_out is not None:
+            found |= {"held_out": self.held_out.manifest, "overlap": dict(self.overlap.counts)}
+        return found
+
+    def findings(self) -> Iterator[dict[str, Any]]:
+        """What was kept and is suspect, an entry each; ``rows`` says whether it stands in one side's or in both."""
+        for side, prepared in (("train", self.train), ("held_out", self.held_out)):
+            for entry in prepared.findings() if prepared else ():
+                yield {**entry, "rows": side}
+        for entry in self.overlap.entries:
+            yield {**entry, "rows": "both"}
 
 
 @dataclass
@@ -99,13 +128,25 @@ def prepare_data(config: RootConfig) -> JobData:
     objective = make_objective(config)
     needs = needs_of(objective)
     tokenizer, encoder = make_encoder(config.model, config.data)
-    rows = prepare(config.data, needs, encoder, seed=config.seed)
-    held = None
+    held, leaks = None, config.data.leaks
     if config.data.eval_path is not None or config.data.eval_fraction:
         held = prepare(config.data, needs, encoder, held_out=True, seed=config.seed)
-        if config.eval.limit is not None:
-            held = replace(held, index=held.index.select(range(min(config.eval.limit, len(held.index)))))
-    return JobData(objective, needs, tokenizer, encoder, rows, held)
+    rows = prepare(config.data, needs, encoder, seed=config.seed, without=held if leaks == "drop" else None)
+    overlap = compare(rows.examples(), held.examples()) if held is not None else Overlap()
+    if leaks == "error" and overlap.counts["leak"]:
+        raise DataError(_leak(overlap))
+    if held is not None and config.eval.limit is not None:
+        held = replace(held, index=held.index.select(range(min(config.eval.limit, len(held.index)))))
+    return JobData(objective, needs, tokenizer, encoder, rows, held, overlap)
+
+
+def _leak(overlap: Overlap) -> str:
+    first = next(entry for entry in overlap.entries if entry["finding"] == "leak")
+    return (
+        f"{first['file']}: line {first['line']}: the same example is held out ({first['other']['file']}: line "
+        f"{first['other']['line']}), {overlap.counts['leak']} in all; data.leaks=drop leaves them out of training, "
+        "data.leaks=keep goes on"
+    )
 
 
 def assemble(config: RootConfig, data: JobData) -> Job:
@@ -114,6 +155,10 @@ def assemble(config: RootConfig, data: JobData) -> Job:
     device = dist.device()
     dtype = resolve_dtype(config.model.dtype, device)
     loaded = load_model(config.model, objective.head, dtype, config.seed)
+    for prepared in (data.train, data.held_out):
+        if prepared is not None:
+            counted = prepared.manifest
+            check_token_ids(loaded.model, counted["largest_token"], counted["largest_at"], loaded.name)
     disable_dropout(loaded.model)
     layout, line = choose_layout(loaded.model, config.model.layout, mixes_inputs=objective.mixes_inputs)
     model = apply_peft(loaded.model, config.peft, objective.head, config.seed)
@@ -121,6 +166,7 @@ def assemble(config: RootConfig, data: JobData) -> Job:
     engine = make_engine(
         config.engine.name, scorer, config.optim, config.engine, dtype, config.train.gradient_checkpointing
     )
+    engine.train()  # a model read from a folder comes in eval mode, in which no activation is ever recomputed
     pad = loaded.tokenizer.pad_token_id if loaded.tokenizer is not None else None
 
     def loader(index: Index) -> Loader:
@@ -168,8 +214,7 @@ def attach_reference(job: Job) -> float:
     """
     if not job.data.objective.needs_reference:
         return 0.0
-    name = job.config.reference.name_or_path
-    source = job if name is None else _named_reference(job, name)
+    source = reference_job(job)
     compute = source is job or dist.world_size() == 1
     seconds = _attach(source, job.loader, job.plans, job.data.train, compute=compute)
     if job.held_loader is not None and job.data.held_out is not None:
@@ -193,11 +238,24 @@ def _attach(source: Job, loader: Loader, plans: Any, prepared: Prepared, *, comp
         dp=plans.limits.dp, layout=source.scorer.layout, mixes_inputs=objective.mixes_inputs,
     )  # fmt: skip
     found: Reference = reference_logps(
-        source.engine, loader, everything, parts, prepared.index.num_sequences, mismatched, compute=compute
+        source.engine,
+        loader,
+        everything,
+        parts,
+        prepared.index.num_sequences,
+        mismatched,
+        compute=compute,
+        name=loader.text_of,
     )
     loader.values["reference"] = found.sequences
     loader.mismatched_values["reference"] = found.mismatched
     return found.seconds
+
+
+def reference_job(job: Job) -> Job:
+    """The job whose model is the reference: ``job`` itself, as loaded, or one around the model the user named."""
+    name = job.config.reference.name_or_path
+    return job if name is None else _named_reference(job, name)
 
 
 def _named_reference(job: Job, name: str) -> Job:
@@ -207,11 +265,15 @@ def _named_reference(job: Job, name: str) -> Job:
     """
     model = job.config.model
     revision = model.revision if name == model.name_or_path else None
+    # Trust was given to the policy's code; of another model only to a folder that lies here to be read.
+    trusted = model.trust_remote_code and (name == model.name_or_path or Path(name).is_dir())
     config = replace(
         job.config,
-        model=replace(model, name_or_path=name, revision=revision, layout="auto"),
+        model=replace(model, name_or_path=name, revision=revision, layout="auto", trust_remote_code=trusted),
         peft=replace(job.config.peft, name="none"),
     )
+    if model.tokenizer_name_or_path is None:  # else it serves both
+        check_same_tokens(job.data.tokenizer, load_tokenizer(config.model), name)
     if dist.world_size() > 1:
         loaded = load_model(config.model, job.data.objective.head, job.loaded.dtype, config.seed)
         return replace(job, config=config, loaded=loaded)

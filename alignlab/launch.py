@@ -7,16 +7,12 @@ from ``status.json``, which the workers write.  Workers never compose.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import hashlib
 import json
 import os
 import shlex
-import signal
-import subprocess
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -25,20 +21,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from alignlab import compose, names, plugins, yamlio
+from alignlab import compose, heartbeat, keys, names, plugins, schema, yamlio
 from alignlab.checks import redact
 from alignlab.cli import Request, emit
 from alignlab.config import RootConfig, RunConfig
-from alignlab.errors import AlignlabError, ConfigError, HangError
+from alignlab.errors import AlignlabError, ConfigError, HangError, Preempted
+from alignlab.processes import die_with_parent
 from alignlab.runfolder import RunFolder, state_of, write_atomic
+from alignlab.supervise import forget, lost, supervise, torchrun
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-SHUTDOWN_SECONDS = 150
-"""How long torchrun lets workers save after a signal (its own default of 30 s kills long saves)."""
 WAIT_SECONDS = 900.0
 """How long ranks wait for rank 0 to settle the run folder."""
-
-_libc = ctypes.CDLL(None)
 
 
 def launch(request: Request) -> int:
@@ -59,6 +52,7 @@ def launch(request: Request) -> int:
 
         return slurm.run_node(request, processes)
     if kind == "in place":
+        die_with_parent()
         return run_group(request, leader=os.environ["RANK"] == "0", token=_group_token(), work=run_inline)
     with owned(request) as (folder, state):
         if state == "finished":
@@ -115,6 +109,8 @@ def owned(request: Request) -> Iterator[tuple[RunFolder, str]]:
         try:
             yield folder, state
         except AlignlabError as error:
+            if folder.disowned:  # what stands in the folder is another start's
+                raise
             folder.write_status(state=state_of(error.exit_code), exit_code=error.exit_code, error=redact(str(error)))
             raise
         except Exception as error:
@@ -128,8 +124,7 @@ def owned(request: Request) -> Iterator[tuple[RunFolder, str]]:
 def run_folder(config: RootConfig) -> RunFolder:
     """Where the run lives; a link out of ``output_dir`` is refused."""
     folder = RunFolder(Path(os.path.expanduser(config.output_dir)) / names.run_name(config))
-    if folder.path.is_symlink():
-        raise ConfigError(f"{folder}: is a link; run folders are real folders")
+    folder.refuse_links()
     return folder
 
 
@@ -156,20 +151,24 @@ def settle(folder: RunFolder, request: Request) -> str:
             return "finished"
         status = folder.status()
     folder.logs.mkdir(exist_ok=True)
+    forget(folder)
     plugins.copy(request.plugins, folder.plugins)
     write_atomic(folder.run_yaml, _frozen_header(folder) + compose.frozen_text(config, provenance))
+    before = keys.recorded(folder.run_yaml)
+    keys.write(folder.path, keys.record(schema.flatten(config), provenance, request.stated, request.reads, before))
     from alignlab.verbs.env import collect
 
     write_atomic(folder.env_json, json.dumps(collect(), indent=1) + "\n")
-    keys, stated = names.number_keys(config), names.stated_keys(config)
+    numbers, stated = names.number_keys(config), names.stated_keys(config)
     resumed = any(folder.checkpoints.glob("checkpoint-*"))
     folder.write_status(
         state="running",
         exit_code=None,
         error=None,
+        lost=None,
         step=status.get("step", 0) if resumed else 0,
         attempt=int(status.get("attempt", 0)) + 1,
-        contents={key: value for key, value in keys.items() if value != stated[key]},
+        contents={key: value for key, value in numbers.items() if value != stated[key]},
     )
     return "resumed" if resumed else "new"
 
@@ -207,52 +206,6 @@ def run_inline(folder: RunFolder) -> int:
     return worker.main(str(folder.path))
 
 
-def torchrun(folder: RunFolder, processes: int, rendezvous: list[str] | None = None) -> list[str]:
-    """The command that starts the workers of this node; alone on this node it listens on the loopback only."""
-    alone = ["--standalone", "--local-addr", "127.0.0.1"]
-    return [
-        sys.executable, "-m", "torch.distributed.run", *(alone if rendezvous is None else rendezvous),
-        "--nproc-per-node", str(processes), "--max-restarts", "0", "--shutdown-timeout", str(SHUTDOWN_SECONDS),
-        "--signals-to-handle", ",".join(s.name for s in SIGNALS), "-m", "alignlab.worker", str(folder.path),
-    ]  # fmt: skip
-
-
-def supervise(folder: RunFolder, command: list[str], json_wanted: bool | Path = False) -> int:
-    """Run torchrun as a child, pass signals on, and return its exit code (the run's own is in status.json)."""
-    folder.logs.mkdir(parents=True, exist_ok=True)
-    with (folder.logs / "torchrun.log").open("ab") as log:
-        child = subprocess.Popen(
-            command,
-            stdout=2 if json_wanted is True else None,  # --json keeps standard output for itself
-            stderr=log,  # torchrun's own report; what a worker has to say is in status.json
-            start_new_session=True,  # a Ctrl-C must arrive once, through us
-            preexec_fn=die_with_parent,
-        )
-        with forwarding(child):
-            return child.wait()
-
-
-@contextmanager
-def forwarding(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Pass the signals that ask for a stop on to ``child`` while the block runs."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, lambda got, _: child.send_signal(got)) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent dies (Linux): torchrun leaves orphans that keep writing."""
-    pr_set_pdeathsig = 1
-    if sys.platform == "linux":
-        _libc.prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
 @contextmanager
 def captured_output(folder: RunFolder, rank: int) -> Iterator[TextIO]:
     """Send everything this process prints to ``log.txt`` (rank 0) or ``logs/rank_N.log``; yields the real terminal.
@@ -283,14 +236,21 @@ def captured_output(folder: RunFolder, rank: int) -> Iterator[TextIO]:
 
 
 def finish(request: Request, folder: RunFolder, code: int) -> int:
-    """The exit code of the run: what status.json says, else what the way its workers ended means."""
+    """The exit code of the run: what status.json says, else what the way its workers ended means.
+
+    A run that wrote ``done`` is done, whatever became of its processes afterwards.
+    """
     status = folder.status()
     if status.get("state") == "running":
         if code == 0:
             status = folder.write_status(state="done", exit_code=0)
+        elif code == Preempted.exit_code:
+            text = "stopped by a signal before the ranks could save; the same command goes on from the last checkpoint"
+            status = folder.write_status(state="preempted", exit_code=code, error=text)
         else:
-            lost = _lost_text(folder, code)
-            status = folder.write_status(state="failed", exit_code=5, error=lost)
+            status = _name_the_lost(folder, code, "")
+    elif status.get("exit_code") == HangError.exit_code:
+        status = _name_the_lost(folder, code, str(status.get("error") or ""))
     exit_code = int(status["exit_code"]) if status.get("exit_code") is not None else code
     if exit_code and status.get("error"):
         raise _error(exit_code, str(status["error"]))
@@ -298,9 +258,14 @@ def finish(request: Request, folder: RunFolder, code: int) -> int:
     return exit_code
 
 
-def _lost_text(folder: RunFolder, code: int) -> str:
-    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return f"the workers ended without a word ({how}): a rank was killed or crashed; see {folder.logs} and {folder.log}"
+def _name_the_lost(folder: RunFolder, code: int, said: str) -> dict[str, Any]:
+    """Put into status.json which rank was lost; ``said`` is what a rank that missed it has written."""
+    text, found = lost(folder, code)
+    if said:
+        text = f"{text} ({said.partition('. ')[0]})" if found else said
+    done = max((beat.done for beat in heartbeat.read(folder.logs)), default=0)
+    step = max(done, int(folder.status().get("step") or 0))
+    return folder.write_status(state="failed", exit_code=HangError.exit_code, error=text, lost=found, step=step)
 
 
 def _error(code: int, text: str) -> AlignlabError:
@@ -319,9 +284,7 @@ def dry_run_text(request: Request, kind: str, processes: int) -> str:
     """What would be started, without touching anything."""
     folder = run_folder(request.config)
     what = f"{kind}, {processes} process{'es' if processes > 1 else ''} on this node"
-    command = (
-        [sys.executable, "-m", "alignlab.worker", str(folder)] if kind == "inline" else torchrun(folder, processes)
-    )
+    command = [sys.executable, "-m", "alignlab.rank", str(folder)] if kind == "inline" else torchrun(folder, processes)
     return f"# run {folder.name} -> {folder}\n# {what}\n{shlex.join(command)}"
 
 

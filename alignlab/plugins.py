@@ -103,9 +103,13 @@ def load_copies(folder: Path) -> list[Plugin]:
     if not listing.exists():
         return []
     found = []
-    for name, digest in json.loads(listing.read_text()).items():
+    try:
+        names = dict(json.loads(listing.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{listing}: cannot be read ({' '.join(str(error).split())})") from None
+    for name, digest in names.items():
         path = folder / name
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+        if Path(name).name != name or not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
             raise ConfigError(f"{path}: missing or changed since the run started")
         found.append(_load(path))
     return found

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from alignlab.data import cache
-from alignlab.errors import BusyError, Preempted, StorageError
+from alignlab.errors import BusyError, ConfigError, Preempted, StorageError
 
 OURS = (
-    "run.yaml", "status.json", "env.json", "metrics.jsonl", "log.txt", "logs", "data", "checkpoints", "exports",
-    "model", "eval", "plugins", "ledger", "tensorboard", "wandb", "launch.json", "launch.sbatch", "nonfinite.json",
-    "result.json",
+    "run.yaml", "keys.json", "status.json", "env.json", "metrics.jsonl", "log.txt", "logs", "data", "checkpoints",
+    "exports", "model", "eval", "plugins", "ledger", "tensorboard", "wandb", "launch.json", "launch.sbatch",
+    "nonfinite.json", "nonfinite", "result.json",
 )  # fmt: skip
 """What a run may leave in its folder: all that ``overwrite=true`` removes."""
 
@@ -54,11 +54,21 @@ class RunFolder:
         self.eval = self.path / "eval"
         self.plugins = self.path / "plugins"
         self.ledger = self.path / "ledger"
+        self.nonfinite = self.path / "nonfinite"
         self.owner = self.path / "owner.lock"
         self.launch_json = self.path / "launch.json"
+        self._token: str | None = None
 
     def __str__(self) -> str:
         return str(self.path)
+
+    def refuse_links(self) -> None:
+        """:class:`ConfigError` where a link stands in the run's place: what is written here must not land elsewhere."""
+        inside = [self.path / name for name in OURS]
+        inside += [path for folder in (self.logs, self.checkpoints, self.exports) for path in folder.glob("*")]
+        for path in (self.path, *inside):
+            if path.is_symlink():
+                raise ConfigError(f"{path}: is a link; a run's files and folders are real ones (or set output_dir)")
 
     @property
     def exists(self) -> bool:
@@ -81,7 +91,7 @@ class RunFolder:
             found = json.loads(self.status_json.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise StorageError(f"{self.status_json}: cannot be read ({error}); remove it to start anew") from None
         return found if isinstance(found, dict) else {}
 
@@ -111,17 +121,31 @@ class RunFolder:
             owner.__enter__()
         except BusyError:
             if self._owner().get("host") in (None, socket.gethostname()) or self._beats():
-                raise BusyError(f"{self}: in use by {self._owner_text()}; wait, stop it, or choose run.name") from None
+                raise BusyError(f"{self}: in use by {self.owner_text()}; wait, stop it, or choose run.name") from None
             owner = cache.lock(self.path / "owner", timeout=cache.STALE_AFTER)
             owner.__enter__()
+        self._token = self._owner().get("token")
         try:
             yield
         finally:
+            self._token = None
             owner.__exit__(None, None, None)
+
+    @property
+    def disowned(self) -> bool:
+        """Whether this process claimed the folder and another has taken it over since (a restart of its job)."""
+        if self._token is None:
+            return False
+        try:
+            return self._token not in self.owner.read_text()
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
 
     def _beats(self) -> bool:
         """Whether an owner on another host gives a sign of life, looked for during a few of its heartbeats."""
-        print(f"{self}: is {self._owner_text()} alive? Looking for a heartbeat", file=sys.stderr, flush=True)
+        print(f"{self}: is {self.owner_text()} alive? Looking for a heartbeat", file=sys.stderr, flush=True)
         try:
             before = self.owner.stat().st_mtime_ns
             deadline = time.monotonic() + cache.STALE_AFTER / 4
@@ -140,7 +164,8 @@ class RunFolder:
             return {}
         return found if isinstance(found, dict) else {}
 
-    def _owner_text(self) -> str:
+    def owner_text(self) -> str:
+        """Who owns the folder: process, host, job."""
         owner = self._owner()
         if not owner:
             return "another process"

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignlab import compose, plugins
+from alignlab import compose, keys, plugins, schema
 from alignlab.cli import Request, emit
 from alignlab.config import LaunchConfig, RunConfig
 from alignlab.errors import ConfigError
@@ -166,6 +166,8 @@ def submit(request: Request) -> int:
     config = request.config
     folder = run_folder(config)
     command = [sys.executable, "-m", "alignlab", "train", str(folder.run_yaml), "launch=slurm"]
+    if config.model.trust_remote_code:  # typed for this run; a file cannot ask for it
+        command.append("model.trust_remote_code=true")
     text = script(config.launch, folder.name, command, str(folder.logs / "slurm-%j.log"), str(Path.cwd()))
     if config.launch.dry_run:
         print(text, end="")
@@ -184,6 +186,8 @@ def submit(request: Request) -> int:
             plugins.copy(request.plugins, folder.plugins)
             frozen = dataclasses.replace(config, run=RunConfig(folder.name))
             write_atomic(folder.run_yaml, compose.frozen_text(frozen, request.provenance))
+            found = keys.record(schema.flatten(frozen), request.provenance, request.stated, request.reads)
+            keys.write(folder.path, found)
             folder.write_status(state="submitted", attempt=0, step=0, exit_code=None, error=None)
         path = folder.path / "launch.sbatch"
         write_atomic(path, text)

@@ -17,10 +17,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from alignlab import names, schema, yamlio
+from alignlab import liveness, names, schema, yamlio
 from alignlab.cli import Request, emit, make_request
 from alignlab.errors import AlignlabError, ConfigError, Preempted
-from alignlab.launch import die_with_parent, forwarding
+from alignlab.processes import STOP_SIGNALS, StopFlag, die_with_parent, wait
 from alignlab.runfolder import RunFolder, state_of, write_atomic
 
 MANAGED = ("run.name", "output_dir")
@@ -34,7 +34,9 @@ def sweep(request: Request) -> int:
     if not axes:
         raise ConfigError("-m without anything to sweep: give a comma list or range(), e.g. seed=0,1,2")
     points = [list(point) for point in itertools.product(*axes)]
-    first = _first_valid(request, fixed, points)
+    composed = _composed(request, fixed, points)
+    first = next(iter(composed.values()))
+    reads = liveness.check_sweep(composed)
     folder = _folder(first, fixed, points)
     if first.config.launch.dry_run:
         for number, point in enumerate(points):
@@ -44,7 +46,7 @@ def sweep(request: Request) -> int:
     write_atomic(folder / "sweep.yaml", _description(request, fixed, points))
     rows: list[dict[str, Any]] = []
     for number, point in enumerate(points):
-        rows.append(_run_point(request, folder, number, fixed, point))
+        rows.append(_run_point(request, folder, number, fixed, point, reads))
         write_atomic(folder / "results.csv", table(rows))
         if rows[-1]["exit_code"] == Preempted.exit_code:
             raise Preempted(f"sweep stopped at point {number:03d}; the same command goes on from there")
@@ -88,23 +90,25 @@ def _unquoted(text: str) -> str:
     return text
 
 
-def _first_valid(request: Request, fixed: list[str], points: list[list[str]]) -> Request:
-    """The request of the first point that composes; where none does, the first one's error."""
+def _composed(request: Request, fixed: list[str], points: list[list[str]]) -> dict[str, Request]:
+    """The requests of the points that compose, by number; where none does, the first one's error."""
     swept = {token.partition("=")[0] for token in (*fixed, *points[0])}
     for key in MANAGED[:1]:
         if any(token.startswith(f"{key}=") for point in points for token in point):
             raise ConfigError(f"{key} cannot be swept; it names the sweep")
     if len(swept) < len(fixed) + len(points[0]):
         raise ConfigError("a key is given twice in this sweep")
+    found: dict[str, Request] = {}
     failure: AlignlabError | None = None
-    for point in points:
+    for number, point in enumerate(points):
         words = [*([request.target] if request.target else []), *fixed, *point]
         try:
-            return make_request("train", words, request.settings)
+            found[f"{number:03d}"] = make_request("train", words, request.settings)
         except AlignlabError as error:
             failure = failure or error
-    assert failure is not None
-    raise failure
+    if not found and failure is not None:
+        raise failure
+    return found
 
 
 def _folder(first: Request, fixed: list[str], points: list[list[str]]) -> Path:
@@ -123,7 +127,9 @@ def _description(request: Request, fixed: list[str], points: list[list[str]]) ->
     return "\n".join(lines) + "\n"
 
 
-def _run_point(request: Request, folder: Path, number: int, fixed: list[str], point: list[str]) -> dict[str, Any]:
+def _run_point(
+    request: Request, folder: Path, number: int, fixed: list[str], point: list[str], reads: frozenset[str]
+) -> dict[str, Any]:
     name = f"{number:03d}"
     kept = [token for token in fixed if token.partition("=")[0] not in MANAGED]
     target = [request.target] if request.target else []
@@ -131,7 +137,7 @@ def _run_point(request: Request, folder: Path, number: int, fixed: list[str], po
     managed = [f"output_dir={folder}", f"run.name={name}"]
     command = [sys.executable, "-m", "alignlab", "train", *target, *extra, *kept, *point, *managed]
     print(f"{'point':<8} {name}  {' '.join(point)}", flush=True)
-    code = _call(command, 2 if request.json is True else None)
+    code = _call(command, 2 if request.json is True else None, {liveness.READ_BY_OTHERS: ",".join(sorted(reads))})
     status = RunFolder(folder / name).status()
     state = status.get("state", "failed") if code == 0 else state_of(code)
     metrics = final_metrics(folder / name / "metrics.jsonl")
@@ -153,10 +159,17 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else yamlio.scalar(value)
 
 
-def _call(command: list[str], stdout: int | None) -> int:
-    child = subprocess.Popen(command, stdout=stdout, start_new_session=True, preexec_fn=die_with_parent)
-    with forwarding(child):
-        return child.wait()
+def _call(command: list[str], stdout: int | None, environment: dict[str, str]) -> int:
+    """The point's exit code; 75 too where a signal came before the point could take it."""
+    with StopFlag().installed() as stop:
+        if stop.set:
+            return Preempted.exit_code
+        child = subprocess.Popen(
+            command, stdout=stdout, env={**os.environ, **environment}, start_new_session=True,
+            preexec_fn=die_with_parent,
+        )  # fmt: skip
+        code = wait(child, stop)
+        return Preempted.exit_code if stop.set and -code in STOP_SIGNALS else code
 
 
 def final_metrics(path: Path) -> dict[str, float]:

@@ -98,6 +98,8 @@ class EncodedSequence:
 
     tokens: np.ndarray
     target: np.ndarray
+    roles: np.ndarray | None = None
+    """uint8 [n]: whose words each token is (``data.template.ROLES``); for the account only, no index holds it"""
 
 
 @dataclass(slots=True)

@@ -1,70 +1,48 @@
 """One rank of a training run: everything between a frozen configuration and the exported model.
 
-Started as ``python -m alignlab.worker RUN_FOLDER`` by the launcher (or called in its process for one device).
+Started by the launcher as ``python -m alignlab.rank RUN_FOLDER``, or called in its process for one device.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import signal
+import resource
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from alignlab import dist
+import torch
+
+from alignlab import dist, heartbeat, keys, nonfinite
 from alignlab.checks import redact
 from alignlab.compose import load_frozen
 from alignlab.config import RootConfig
+from alignlab.data.ledger import SAMPLES_FILE, StepLedger
 from alignlab.engine import checkpoint
-from alignlab.errors import AlignlabError, ConfigError, HangError, OutOfMemoryError, Preempted
+from alignlab.errors import AlignlabError, ConfigError, HangError, OutOfMemoryError, Preempted, StorageError
 from alignlab.export import export_model
 from alignlab.header import done_text, header, write_data_account
 from alignlab.job import Job, assemble, attach_reference, prepare_data
-from alignlab.launch import captured_output, die_with_parent
+from alignlab.launch import captured_output
+from alignlab.processes import StopFlag
+from alignlab.resume import describe, resume
 from alignlab.runfolder import RunFolder, state_of, write_atomic
 from alignlab.schema import flatten
 from alignlab.train.evaluation import evaluate
 from alignlab.train.hooks import RunHooks
-from alignlab.train.logging import Console, make_sinks
-from alignlab.train.loop import Progress, context_of, fit
+from alignlab.train.logging import Console, Sink, json_numbers, make_sinks
+from alignlab.train.loop import BadStep, Progress, context_of, fit
 from alignlab.verification import as_json, verified
+from alignlab.watch import plain, watched
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 SILENCE_SECONDS = 3.0
 """How long a failed rank waits for rank 0 to say what happened before it says so itself."""
-
-
-class StopFlag:
-    """Set by a signal; read at step boundaries.  The handler does nothing else, so it may fire anywhere."""
-
-    def __init__(self) -> None:
-        self.set = False
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Take the stop signals while the block runs (only a process's main thread can)."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _handle(self, *_: object) -> None:
-        self.set = True
-
-    def __call__(self) -> bool:
-        return self.set
 
 
 def run(config: RootConfig, folder: RunFolder, stop: StopFlag, stream: TextIO) -> dict[str, float]:
@@ -74,62 +52,95 @@ def run(config: RootConfig, folder: RunFolder, stop: StopFlag, stream: TextIO) -
     """
     console = Console(stream, quiet=not dist.is_main())
     started = time.perf_counter()
+    reads: set[str] = set()
+    config = watched(config, reads)
     data = prepare_data(config)  # before the process group exists; one rank of a node builds, the others wait
     dist.init(timeout=config.engine.timeout, group=config.engine.name.startswith("zero"))
     dist.agree("the data index", data.train.index.hash)
+    _stop_early(stop)
     job = assemble(config, data)
     try:
-        return _train(job, folder, console, stop, started)
+        return _train(job, folder, console, stop, started, reads)
     finally:
         console.close()
+        if dist.is_main():
+            with suppress(StorageError):  # nothing but the account of what was read
+                keys.add_reads(folder.path, reads)
         job.engine.close()
 
 
-def _train(job: Job, folder: RunFolder, console: Console, stop: StopFlag, started: float) -> dict[str, float]:
+def _train(
+    job: Job, folder: RunFolder, console: Console, stop: StopFlag, started: float, reads: set[str]
+) -> dict[str, float]:
     config, engine, objective = job.config, job.engine, job.data.objective
     checkpoint.clean(folder.checkpoints)
-    reference_seconds = attach_reference(job)
-    progress = _resume(job, folder)
+    with heartbeat.doing("reference"), _memory_errors(job):
+        reference_seconds = attach_reference(job)
+    _stop_early(stop)
+    heartbeat.phase("load")
+    progress = _resume(job, folder, console)
+    heartbeat.done(progress.step)
+    ledger = _ledger(job, folder, progress)
     attempt = int(folder.status().get("attempt", 1))
     if dist.is_main():
         write_data_account(folder, job)
-        for head, text in header(job, folder, progress, reference_seconds):
+        told = replace(job, config=plain(config))  # what is only said is not read
+        for head, text in header(told, folder, progress, reference_seconds):
             console.line(head, text)
-    sinks = make_sinks(config.logger, folder.path, attempt, folder.name, flatten(config)) if dist.is_main() else []
+    sinks: list[Sink] = []
+    if dist.is_main():
+        sinks = make_sinks(config.logger, folder.path, attempt, folder.name, flatten(config), console.line)
 
     def held_out(now: Progress) -> dict[str, float]:
-        return _held_out(job, folder, now)
+        return _held_out(job, folder, now, console)
 
     hooks = RunHooks(
         engine=engine, train=config.train, total_steps=job.plans.total_steps, console=console, sinks=sinks,
         evaluate=held_out if job.held_plans is not None else None,
-        save=lambda now: _save(job, folder, now),
-        export=lambda step: export_model(job, folder.exports / f"step-{step}"),
+        save=lambda now: _save(job, folder, now, ledger),
+        record=lambda report: ledger.record(report.plan, skipped=not report.updated) if ledger else None,
+        export=lambda step: _export(job, folder.exports / f"step-{step}"),
         write_status=lambda now: _status(folder, state="running", step=now.step, total=job.plans.total_steps),
         stop_requested=stop, data_wait=lambda: job.loader.waited,
+        begun=lambda: _warn_of_unread(folder, console, reads),
     )  # fmt: skip
     try:
         before = held_out(progress) if hooks.evaluate and progress.step == 0 else _first_held_out(folder)
         if before and progress.step == 0:
             hooks.log_metrics(0, before)
         if progress.step < job.plans.total_steps:
-            with _memory_errors(job):
+            with _memory_errors(job, training=True):
                 progress = fit(
                     engine, objective, job.plans, job.loader, config.optim, config.train, config.seed, progress, hooks,
-                    save_batch=lambda plan: _save_nonfinite(job, folder, plan),
+                    on_bad_step=lambda bad: _bad_step(job, folder, hooks, bad),
                 )  # fmt: skip
         if progress.step < job.plans.total_steps:
             raise Preempted(f"stopped at step {progress.step} of {job.plans.total_steps}; the same command goes on")
         after = held_out(progress) if hooks.evaluate else {}
         if after:
             hooks.log_metrics(progress.step, after)
-        export_model(job, folder.model)
+        _export(job, folder.model)
     finally:
         hooks.close()
+        if ledger:
+            with suppress(StorageError):  # a run that ends well has written all with its last checkpoint
+                ledger.flush()
     if dist.is_main():
-        write_atomic(folder.path / "result.json", json.dumps({"before": before, "after": after}, indent=1) + "\n")
+        result = {"before": json_numbers(before), "after": json_numbers(after)}
+        write_atomic(folder.path / "result.json", json.dumps(result, indent=1) + "\n")
         console.line("done", done_text(before, after, folder, time.perf_counter() - started))
     return after
+
+
+def _export(job: Job, target: Path) -> None:
+    with heartbeat.doing("export"):
+        export_model(job, target)
+
+
+def _stop_early(stop: StopFlag) -> None:
+    """A signal came before the first step: all ranks leave together, and nothing has to be saved."""
+    if any(dist.all_gather_object(stop.set)):
+        raise Preempted("stopped before the first step of this start; the same command goes on")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -137,60 +148,97 @@ def _train(job: Job, folder: RunFolder, console: Console, stop: StopFlag, starte
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def _save(job: Job, folder: RunFolder, progress: Progress) -> None:
-    meta = {"progress": asdict(progress), "index": job.data.train.index.hash, "engine": job.engine.name}
-    checkpoint.publish(folder.checkpoints, progress.step, job.engine.save, meta)
+def _warn_of_unread(folder: RunFolder, console: Console, reads: set[str]) -> None:
+    """After the first step: one line, on the screen and in the log, with what the user set and nothing has read."""
+    if not dist.is_main():
+        return
+    text = keys.warning(keys.add_reads(folder.path, reads))
+    if text:
+        console.line("warning", text)
+        logging.getLogger(__name__).warning(text)
+
+
+def _ledger(job: Job, folder: RunFolder, progress: Progress) -> StepLedger | None:
+    """Rank 0's ledger, without the steps that will be done again."""
+    ledger, error = None, None
+    if dist.is_main():
+        data = job.data
+        try:
+            account = data.train.folder / SAMPLES_FILE
+            ledger = StepLedger(folder.ledger, account, data.train.index, data.objective.example, progress.step)
+        except StorageError as caught:
+            error = caught
+    dist.raise_together(error)
+    return ledger
+
+
+@heartbeat.doing("save")
+def _save(job: Job, folder: RunFolder, progress: Progress, ledger: StepLedger | None) -> None:
+    def write(staging: Path) -> None:
+        if ledger:
+            ledger.flush()  # before the checkpoint counts: a step that is not replayed must stand in the ledger
+        job.engine.save(staging)
+
+    meta = describe(job, folder, progress)
+    checkpoint.publish(folder.checkpoints, progress.step, write, meta, job.engine.state_bytes())
     checkpoint.retain(folder.checkpoints, job.config.train.save_total_limit)
     _status(folder, step=progress.step, checkpoint=progress.step)
 
 
-def _resume(job: Job, folder: RunFolder) -> Progress:
-    """The progress of the newest valid checkpoint, its state loaded; a fresh one where there is none."""
-    resume = job.config.resume
-    if resume == "never":
-        return Progress()
-    if resume == "auto":
-        found = checkpoint.choose(folder.checkpoints)
-        for line in found.damaged if dist.is_main() else []:
-            print(f"warning  passed over a damaged checkpoint: {line}", file=sys.stderr)
-        chosen = found.checkpoint
-        if chosen is None:
-            return Progress()
+def _resume(job: Job, folder: RunFolder, console: Console) -> Progress:
+    """The progress of the checkpoint to go on from, its state loaded; a fresh one where there is none."""
+    progress, damaged = resume(job, folder)
+    if dist.is_main() and damaged:
+        for line in damaged:
+            console.line("damaged", f"{line}; passed over, kept as {checkpoint.DAMAGED}checkpoint-...")
+        folder.write_status(damaged=damaged)
+    return progress
+
+
+def _bad_step(job: Job, folder: RunFolder, hooks: RunHooks, bad: BadStep) -> str:
+    """Keep a step that is not finite; where the run stops at it, its row of metrics is written here."""
+    where = nonfinite.of_step(job, folder, bad)
+    if job.config.train.nonfinite == "stop":
+        hooks.log_metrics(bad.plan.step + 1, bad.metrics)
     else:
-        chosen = checkpoint.verify(Path(resume))
-    if chosen.meta.get("index") != job.data.train.index.hash:
-        raise ConfigError(
-            f"{chosen.path}: written for other data than this run's; restore the rows, or start anew with "
-            "resume=never overwrite=true"
-        )
-    job.engine.load(chosen.path)
-    return Progress(**chosen.meta["progress"])
-
-
-def _save_nonfinite(job: Job, folder: RunFolder, plan: Any) -> None:
-    """The samples of a step that gave a non-finite number, for inspection."""
-    if not dist.is_main():
-        return
-    index = job.data.train.index
-    samples = sorted({item.sample for one in plan.bins for item in one.items if one.weight})
-    found = [{"id": index.sample_id(s), "source": index.source(s)} for s in samples]
-    write_atomic(folder.path / "nonfinite.json", json.dumps({"step": plan.step + 1, "samples": found}, indent=1))
+        hooks.console.line("warning", f"step {bad.plan.step + 1} is not finite and was skipped. {where}")
+    return where
 
 
 @contextmanager
-def _memory_errors(job: Job) -> Iterator[None]:
+def _memory_errors(job: Job, *, training: bool = False) -> Iterator[None]:
     """Out of memory: the rank, the rows of the micro-batch, and the setting to try."""
-    import torch
-
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        alone = job.loader.current is None or job.loader.current.last.numel() == 1
-        knob = "data.max_length" if alone else "train.token_budget"
-        raise OutOfMemoryError(
-            f"rank {dist.rank()}: {str(error).splitlines()[0]} At rows {job.loader.current_text()}. "
-            f"Lower {knob}, or set train.gradient_checkpointing=true"
-        ) from error
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        busy = next((one for one in (job.held_loader, job.loader) if one is not None and one.current is not None), None)
+        alone = busy is not None and busy.current is not None and busy.current.last.numel() == 1
+        knobs = f"Lower {'data.max_length' if alone else 'train.token_budget'}"
+        if training and not job.config.train.gradient_checkpointing:
+            knobs += ", or set train.gradient_checkpointing=true"
+        rows = f" At rows {busy.current_text()}." if busy is not None else ""
+        raise OutOfMemoryError(f"rank {dist.rank()}: {_first_line(error)} (peak {_peak()}).{rows} {knobs}") from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; not every allocator has a class for it."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    signs = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def _peak() -> str:
+    """The most memory that this rank has held: of its GPU, else of the process."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.3g} GiB"
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.3g} GiB"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _status(folder: RunFolder, **changes: Any) -> None:
@@ -203,7 +251,8 @@ def _status(folder: RunFolder, **changes: Any) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def _held_out(job: Job, folder: RunFolder, progress: Progress) -> dict[str, float]:
+@heartbeat.doing("eval")
+def _held_out(job: Job, folder: RunFolder, progress: Progress, console: Console) -> dict[str, float]:
     """Held-out loss and metrics on all ranks; a verifier's measures of generated answers on rank 0."""
     assert job.held_plans is not None
     assert job.held_loader is not None
@@ -211,7 +260,10 @@ def _held_out(job: Job, folder: RunFolder, progress: Progress) -> dict[str, floa
     plan = job.plans.at(min(progress.step, job.plans.total_steps - 1))
     context = context_of(job.plans, plan, progress.step, config.optim, config.seed, progress)
     job.engine.train(False)
-    found = evaluate(job.engine, job.data.objective, job.held_plans, job.held_loader, context)
+    with _memory_errors(job):
+        found = evaluate(job.engine, job.data.objective, job.held_plans, job.held_loader, context)
+    if warning := nonfinite.of_evaluation(job, folder, progress.step, found, context):
+        console.line("warning", warning)
     if config.eval.generate and job.data.objective.head == "lm":
         if job.engine.name == "zero3":
             raise ConfigError(
@@ -229,13 +281,14 @@ def _held_out(job: Job, folder: RunFolder, progress: Progress) -> dict[str, floa
     job.engine.train(True)
     if dist.is_main():
         folder.eval.mkdir(exist_ok=True)
-        write_atomic(folder.eval / f"step-{progress.step}.json", json.dumps(found, indent=1) + "\n")
+        write_atomic(folder.eval / f"step-{progress.step}.json", json.dumps(json_numbers(found), indent=1) + "\n")
     return found
 
 
 def _first_held_out(folder: RunFolder) -> dict[str, float]:
     path = folder.eval / "step-0.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {name: float(value) for name, value in stored.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -243,11 +296,18 @@ def _first_held_out(folder: RunFolder) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------------------
 
 
+class _Redacted(logging.Formatter):
+    """Whatever a library says, an address with a password in it say, is redacted before it is written."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
 @contextmanager
 def library_log(folder: RunFolder, rank: int) -> Iterator[None]:
     """Library chatter goes to the run's log and not to the screen, while the block runs."""
     handler = logging.FileHandler(folder.log if rank == 0 else folder.logs / f"rank_{rank}.log", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    handler.setFormatter(_Redacted("%(asctime)s %(levelname)s %(name)s %(message)s"))
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     root.handlers[:] = [handler]
@@ -266,6 +326,7 @@ def main(run_folder: str) -> int:
     """Run one rank; the outcome stands in ``status.json`` as well as in the exit code."""
     folder = RunFolder(run_folder)
     stop = StopFlag()
+    heartbeat.start(folder.logs, dist.rank())
     with captured_output(folder, dist.rank()) as stream, stop.installed(), library_log(folder, dist.rank()):
         try:
             run(load_frozen(folder.path), folder, stop, stream)
@@ -274,26 +335,28 @@ def main(run_folder: str) -> int:
         except Exception as error:
             return _failed(folder, error)
         finally:
+            heartbeat.end()
             dist.shutdown()
 
 
 def _failed(folder: RunFolder, error: Exception) -> int:
     """Write the outcome; the launcher says it to the user."""
-    import torch
-
     lost = dist.lost_rank(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        error = OutOfMemoryError(f"rank {dist.rank()}: {str(error).splitlines()[0]}; lower train.token_budget")
+    if not isinstance(error, AlignlabError) and out_of_memory(error):
+        error = OutOfMemoryError(f"rank {dist.rank()}: {_first_line(error)} (peak {_peak()}). Lower train.token_budget")
     elif lost:
         error = HangError(f"rank {dist.rank()}: another rank is gone or did not answer: {str(error).splitlines()[0]}")
     ours = isinstance(error, AlignlabError)
     code = error.exit_code if isinstance(error, AlignlabError) else 70
-    text = str(error) if ours else f"internal error: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    text = str(error)
     if not ours:
-        traceback.print_exception(error)
+        text = f"internal error: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        text += f" (rank {dist.rank()}, {heartbeat.now.place})"
+        print(redact("".join(traceback.format_exception(error))), file=sys.stderr, end="")
         text += f" (traceback: {folder.log})"
     if _has_the_word(folder, code, lost):
-        folder.write_status(state=state_of(code), exit_code=code, error=redact(text))
+        done = {"step": heartbeat.now.done} if heartbeat.now.done else {}
+        folder.write_status(state=state_of(code), exit_code=code, error=redact(text), **done)
     return code
 
 
@@ -311,8 +374,3 @@ def _has_the_word(folder: RunFolder, code: int, lost: bool) -> bool:
     while folder.status().get("state") == "running" and time.monotonic() < deadline:
         time.sleep(0.1)
     return folder.status().get("state") == "running"
-
-
-if __name__ == "__main__":
-    die_with_parent()
-    sys.exit(main(sys.argv[1]))

@@ -155,6 +155,15 @@ class Conditioner:
             one.id = f"{sample.id}#{number}"
         return made
 
+    def unrated(self, sample: Sample) -> str | None:
+        """What ratings a row has and which were needed, where it has none that can be a condition; else None."""
+        found = sorted({name for sequence in sample.sequences for name in sequence.scores})
+        wanted = self.config.dimensions
+        if any(name in wanted if wanted else name != "overall" for name in found):
+            return None
+        needed = f"one of {', '.join(wanted)}" if wanted else "a rating besides 'overall'"
+        return f"rated by {', '.join(found)}; {self.stage} needs {needed}"
+
     def _rated(self, sample: Sample) -> list[tuple[Sequence, Condition]]:
         """Completions of the row's (first) prompt that are rated in every dimension the row has, with these ratings."""
         pool = [s for s in sample.sequences if same_prompt(s, sample.sequences[0]) and s.completion]

@@ -28,7 +28,7 @@ class Loader:
     ) -> None:  # fmt: skip
         self.index, self.device, self.rank = index, device, rank
         self.current: PackedBatch | None = None
-        """the micro-batch handed over last"""
+        """the micro-batch at hand: handed over last, None when the pass is over"""
         self.waited = 0.0
         """seconds that the caller has waited for packing so far"""
         self.values: dict[str, np.ndarray] = {}
@@ -40,14 +40,22 @@ class Loader:
 
     def current_text(self) -> str:
         """The rows of the current micro-batch, longest first: ``row-17 (812 tokens), ...``."""
-        if self.current is None:
-            return "no row"
-        numbers = np.unique(self.current.sequence_ids.cpu().numpy())
+        return "no row" if self.current is None else self.text_of(self.current.sequence_ids.cpu().numpy())
+
+    def text_of(self, sequences: np.ndarray) -> str:
+        """Sequences (stored numbers) by the ids of their rows, longest first: ``row-17 (812 tokens), ...``."""
+        numbers = np.unique(sequences)
         numbers = numbers[np.argsort(-self.index.lengths[numbers], kind="stable")]
-        samples = np.searchsorted(self.index.sample_ptr, numbers, side="right") - 1
-        named = zip(samples.tolist(), self.index.lengths[numbers].tolist(), strict=True)
+        named = zip(self._samples(numbers), self.index.lengths[numbers].tolist(), strict=True)
         shown = [f"{self.index.sample_id(sample)} ({length:,} tokens)" for sample, length in named]
         return ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")
+
+    def samples_of(self, batch: PackedBatch) -> list[int]:
+        """Stored number of the sample that each sequence of a micro-batch belongs to."""
+        return self._samples(batch.sequence_ids.cpu().numpy())
+
+    def _samples(self, sequences: np.ndarray) -> list[int]:
+        return (np.searchsorted(self.index.sample_ptr, sequences, side="right") - 1).tolist()
 
     def of(self, plan: Any, select: str = "main") -> Iterator[PackedBatch]:
         """This rank's micro-batches of ``plan``; ``select="mismatched"`` gives KTO's partner rows instead."""
@@ -60,3 +68,4 @@ class Loader:
                 self.current = batch
                 yield to_device(batch, self.device)
                 asked = time.perf_counter()
+        self.current = None

@@ -60,6 +60,10 @@ class Engine(Protocol):
         """The module's train or eval mode (dropout, activation checkpointing)."""
         ...
 
+    def state_bytes(self) -> int:
+        """How many bytes :meth:`save` writes on this rank, but for a few kilobytes."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write this rank's part of the training state below ``folder``, which exists.  Every rank calls it."""
         ...
@@ -137,7 +141,7 @@ def check(name: str, optim: OptimConfig, config: EngineConfig, dtype: torch.dtyp
     if name != "local" and dtype == torch.float64:
         raise ConfigError(f"model.dtype=fp64 needs engine=local, not {name}")
     if name == "zero0" and dtype == torch.bfloat16:
-        # DeepSpeed's wrapper runs one dummy step when it is made, so Adam's counter starts at 1 (reliability 0.2, 1).
+        # DeepSpeed's wrapper runs one dummy step when it is made, so Adam's counter starts at 1.
         raise ConfigError("engine=zero0 with model.dtype=bf16 trains another optimizer in DeepSpeed; use engine=zero1")
     if config.offload_optimizer and name not in ("zero1", "zero2", "zero3"):
         raise ConfigError(f"engine.offload_optimizer needs engine=zero1, zero2 or zero3, not {name}")

@@ -25,7 +25,7 @@ from alignlab.config import EngineConfig, OptimConfig
 from alignlab.engine import shards
 from alignlab.engine.base import Collectives, check_state, frozen_hash, trainable
 from alignlab.engine.local import load_whole, step_counter, whole_fragments
-from alignlab.engine.optim import clip_, make_optimizer, parameter_groups, set_learning_rate
+from alignlab.engine.optim import clip_, logged_norm, make_optimizer, parameter_groups, set_learning_rate, usable
 from alignlab.errors import ConfigError
 from alignlab.types import Ask, PackedBatch, Scores, StepInfo
 
@@ -140,6 +140,7 @@ class DeepSpeedEngine(Collectives):
             ),
             dist_init_required=False,
         )
+        dist.limit_groups()
         self._parameters = dict(trainable(module))
         optimizer.register_step_pre_hook(self._before_update)
 
@@ -152,7 +153,9 @@ class DeepSpeedEngine(Collectives):
         skip = self._captured is not None
         if self.stage == 0:
             self._norm = clip_([t.grad for t in tensors], self._optim.max_grad_norm)
-            skip = skip or not math.isfinite(self._norm)
+        else:  # its own check is for low precision only, and of the elements rather than of their squares
+            self._norm = float(self._zero._global_grad_norm)
+        skip = skip or not usable(self._norm)
         if self._captured is not None:
             for name, gradient in self._gradients(tensors):
                 square = gradient.double().square().sum().item()
@@ -185,11 +188,10 @@ class DeepSpeedEngine(Collectives):
         set_learning_rate(self._zero, lr)
         self._engine.step()
         if self.stage:
-            norm = self._engine.get_global_grad_norm()
-            self._norm = float(norm.item() if isinstance(norm, Tensor) else norm)
-        updated = math.isfinite(self._norm) and bool(self._engine.was_step_applied())
+            self._norm = float(self._engine.get_global_grad_norm())
+        updated = usable(self._norm) and bool(self._engine.was_step_applied())
         self.updates += updated
-        return StepInfo(grad_norm=self._norm, updated=updated)
+        return StepInfo(grad_norm=logged_norm(self._norm), updated=updated)
 
     def zero(self) -> None:
         """Throw gradients away.  Collective: stages 2 and 3 have theirs spread over the ranks, in the open step."""
@@ -271,6 +273,9 @@ class DeepSpeedEngine(Collectives):
     def _describe(self) -> dict[str, Any]:
         return {"dtype": self._dtype, "optimizer": self._optim.name, "frozen": self._frozen, "shapes": self._shapes}
 
+    def state_bytes(self) -> int:
+        return shards.byte_count(self._fragments())
+
     def save(self, folder: Path) -> None:
         shards.write_shard(folder, self.rank, self._fragments())
         if self.rank == 0:
@@ -283,13 +288,15 @@ class DeepSpeedEngine(Collectives):
         check_state(state, self._describe(), folder)
         self.updates = state["updates"]
         if self.stage == 0:
-            load_whole(folder, self._parameters, {}, self._zero, self.updates)
+            load_whole(folder, self._parameters, {}, self._zero, self._optim.name, self.updates)
             return
         optimizer = self._zero.optimizer
         if self.stage == 3:
             self._zero.checkpoint_event_prologue()
         with shards.ShardReader(folder) as reader:
-            kinds = sorted(reader.kinds(next(iter(self._shapes))))
+            # Flat partitions hold many parameters, so all have the same kinds: those of the last are anybody's.
+            for name in self._shapes:
+                kinds = reader.moments(name, self._optim.name, self.updates)
             optimizer.state.clear()
             for flat in self._partitions():
                 if self.updates:

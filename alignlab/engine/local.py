@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from alignlab.config import OptimConfig
 from alignlab.engine import shards
 from alignlab.engine.base import Collectives, check_state, frozen_hash, trainable
-from alignlab.engine.optim import clip_, make_optimizer, parameter_groups, set_learning_rate
+from alignlab.engine.optim import clip_, logged_norm, make_optimizer, parameter_groups, set_learning_rate, usable
 from alignlab.types import Ask, PackedBatch, Scores, StepInfo
 
 
@@ -62,14 +61,14 @@ class LocalEngine(Collectives):
             if tensor.grad is None:  # ZeRO updates (and decays) unused parameters too, with a gradient of zero
                 tensor.grad = torch.zeros_like(tensor)
         norm = clip_([t.grad for t in tensors if t.grad is not None], self._optim.max_grad_norm)
-        finite = math.isfinite(norm)
+        finite = usable(norm)
         if finite:
             set_learning_rate(self._optimizer, lr)
             self._optimizer.step()
             self._refresh()
             self.updates += 1
         self.zero()
-        return StepInfo(grad_norm=norm, updated=finite)
+        return StepInfo(grad_norm=logged_norm(norm), updated=finite)
 
     @torch.no_grad()
     def _refresh(self) -> None:
@@ -99,14 +98,20 @@ class LocalEngine(Collectives):
             "shapes": {name: list(p.shape) for name, p in self._parameters.items()},
         }
 
+    def _fragments(self) -> list[shards.Fragment]:
+        return whole_fragments(self._parameters, self._masters, self._optimizer)
+
+    def state_bytes(self) -> int:
+        return shards.byte_count(self._fragments())
+
     def save(self, folder: Path) -> None:
-        shards.write_shard(folder, 0, whole_fragments(self._parameters, self._masters, self._optimizer))
+        shards.write_shard(folder, 0, self._fragments())
         shards.write_state(folder, {**self._describe(), "engine": self.name, "ranks": 1, "updates": self.updates})
 
     def load(self, folder: Path) -> None:
         state = shards.read_state(folder)
         check_state(state, self._describe(), folder)
-        load_whole(folder, self._parameters, self._masters, self._optimizer, state["updates"])
+        load_whole(folder, self._parameters, self._masters, self._optimizer, self._optim.name, state["updates"])
         self._refresh()
         self.updates = state["updates"]
 
@@ -140,6 +145,7 @@ def load_whole(
     parameters: dict[str, nn.Parameter],
     masters: dict[nn.Parameter, Tensor],
     optimizer: torch.optim.Optimizer,
+    optimizer_name: str,
     updates: int,
 ) -> None:
     """The counterpart of :func:`whole_fragments`, from anybody's shards."""
@@ -148,10 +154,11 @@ def load_whole(
         for name, parameter in parameters.items():
             tensor = masters.get(parameter, parameter)
             reader.fill(shards.PARAMETER, name, 0, tensor.data.view(-1))
+            kinds = reader.moments(name, optimizer_name, updates)
             if updates:
                 state = optimizer.state[tensor]
                 state["step"] = step_counter(optimizer, updates)
-                for kind in sorted(reader.kinds(name)):
+                for kind in kinds:
                     value = reader.whole(kind, name).to(tensor.device)
                     state[kind] = value.reshape(tensor.shape) if value.numel() == tensor.numel() else value
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 from alignlab.config import OptimConfig
 from alignlab.errors import ConfigError
 
+LARGEST_NORM = 1e19
+"""A global gradient norm from here on counts as infinite, see :func:`usable`."""
 KNOWN = ("adamw", "rmsprop", "adamw_8bit")
 
 
@@ -36,19 +40,25 @@ def make_optimizer(groups: Iterable[dict[str, object]], config: OptimConfig) -> 
     Torch's own AdamW everywhere: DeepSpeed's CPU and fused Adam resume with other last bits, because their bias
     correction is a running product that a load recomputes by a power.
     """
-    groups = list(groups)
+    groups, options = list(groups), optimizer_options(config)
     if config.name == "adamw":
-        betas = (config.beta1, config.beta2)
-        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.eps)
+        return torch.optim.AdamW(groups, **options)
     if config.name == "rmsprop":
-        return torch.optim.RMSprop(groups, lr=config.learning_rate, alpha=config.alpha, eps=config.eps)
-    if config.name == "adamw_8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError:
-            raise ConfigError("optim=adamw_8bit needs bitsandbytes: pip install 'alignlab[qlora]'") from None
-        betas = (config.beta1, config.beta2)
-        return AdamW8bit(groups, lr=config.learning_rate, betas=betas, eps=config.eps)
+        return torch.optim.RMSprop(groups, **options)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise ConfigError("optim=adamw_8bit needs bitsandbytes: pip install 'alignlab[qlora]'") from None
+    return AdamW8bit(groups, **options)
+
+
+def optimizer_options(config: OptimConfig) -> dict[str, Any]:
+    """What the optimizer of ``config`` is made with: all that it reads, and nothing else."""
+    match config.name:
+        case "adamw" | "adamw_8bit":
+            return {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.eps}
+        case "rmsprop":
+            return {"lr": config.learning_rate, "alpha": config.alpha, "eps": config.eps}
     raise ConfigError(f"unknown optimizer '{config.name}'. Known: {', '.join(KNOWN)}")
 
 
@@ -58,13 +68,26 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
+def usable(norm: float) -> bool:
+    """Whether a gradient of this global norm may update parameters: it is finite, and so is its float32 square.
+
+    Some engines sum squares in float32 and some in float64; beyond the limit the former see infinity.  All refuse.
+    """
+    return norm < LARGEST_NORM
+
+
+def logged_norm(norm: float) -> float:
+    """The norm as every engine reports it: infinity where it is not :func:`usable` for being too large."""
+    return math.inf if norm >= LARGEST_NORM else norm
+
+
 def clip_(gradients: Sequence[Tensor], max_norm: float) -> float:
     """Scale ``gradients`` in place to a global 2-norm of at most ``max_norm`` (0: leave them); the norm before that.
 
-    Gradients are float32 or float64.  A norm that is not finite leaves them untouched: the caller must not step.
+    Gradients are float32 or float64.  A norm that is not :func:`usable` leaves them as they are: do not step then.
     """
     norm = torch.nn.utils.get_total_norm(gradients)
     value = norm.item()
-    if max_norm > 0 and value > max_norm - 1e-6 and value < float("inf"):
+    if max_norm > 0 and value > max_norm - 1e-6 and usable(value):
         torch._foreach_mul_(list(gradients), (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return value

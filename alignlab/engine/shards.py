@@ -9,6 +9,7 @@ here is pickle.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,6 +24,12 @@ from torch import Tensor
 from alignlab.errors import StorageError
 
 STATE_FILE = "engine.json"
+MOMENTS: dict[str, tuple[str, ...] | None] = {
+    "adamw": ("exp_avg", "exp_avg_sq"),
+    "rmsprop": ("square_avg",),
+    "adamw_8bit": None,
+}
+"""What each optimizer must find of its own state; None: its kinds differ from parameter to parameter."""
 PARAMETER = "param"
 """Kind of the parameter's own values, in the precision of the update; other kinds are the optimizer's names."""
 
@@ -49,12 +56,36 @@ def write_shard(folder: Path, rank: int, fragments: Iterable[Fragment]) -> None:
         for fragment in fragments
         for kind, value in fragment.values.items()
     }
-    save_file(tensors, folder / f"shard-{rank:05d}.safetensors")
+    path = folder / f"shard-{rank:05d}.safetensors"
+    try:
+        save_file(tensors, path)
+        sync(path)  # here and not only by whoever hashes it: that may be another node
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from error
+
+
+def byte_count(fragments: Iterable[Fragment]) -> int:
+    """How many bytes :func:`write_shard` would write, but for names."""
+    return sum(value.numel() * value.element_size() for fragment in fragments for value in fragment.values.values())
+
+
+def sync(path: Path) -> None:
+    """Make a file or folder durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
     """Write the engine's few plain values beside the shards (rank 0)."""
-    (folder / STATE_FILE).write_text(json.dumps(state, indent=1, sort_keys=True) + "\n")
+    path = folder / STATE_FILE
+    try:
+        path.write_text(json.dumps(state, indent=1, sort_keys=True) + "\n")
+        sync(path)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -103,6 +134,14 @@ class ShardReader:
     def kinds(self, name: str) -> set[str]:
         """The kinds of optimizer state of one parameter."""
         return {kind for kind, other in self._pieces if other == name and kind != PARAMETER}
+
+    def moments(self, name: str, optimizer: str, updates: int) -> list[str]:
+        """The kinds of state to restore for one parameter; after an update none may be missing."""
+        kinds, expected = self.kinds(name), MOMENTS[optimizer]
+        if updates and (not kinds or (expected is not None and kinds != set(expected))):
+            found = ", ".join(sorted(kinds)) or "nothing"
+            raise StorageError(f"{self._folder}: of the optimizer's state of {name} it holds {found}")
+        return sorted(kinds) if updates else []
 
     def fill(self, kind: str, name: str, start: int, out: Tensor) -> None:
         """Copy elements ``start : start + len(out)`` of ``name`` into the flat ``out``; a gap is a StorageError."""

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from alignlab.config import ModelConfig
+from alignlab.data import hub
 from alignlab.errors import ConfigError
+from alignlab.models.foreign import broken_file, check_folder
 from alignlab.models.head import ScalarHead
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -143,10 +146,13 @@ def _source(config: ModelConfig, name: str | None = None, *, weights: bool = Fal
     if path.is_dir():
         if not (path / "config.json").is_file() and not (path / "tokenizer.json").is_file():
             raise ConfigError(f"model: {name} is no model folder (no config.json); built in: {', '.join(BUILT_IN)}")
+        check_folder(path, weights=weights)
         return str(path)
     if path.is_file() or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
         raise ConfigError(f"model: no model folder at {name}; give a folder, a hub name, or {' or '.join(BUILT_IN)}")
-    return str(_snapshot(name, config.revision, weights))
+    found = _snapshot(name, config.revision, weights)
+    check_folder(found, weights=weights)
+    return str(found)
 
 
 def _snapshot(name: str, revision: str | None, weights: bool) -> Path:
@@ -160,6 +166,7 @@ def _snapshot(name: str, revision: str | None, weights: bool) -> Path:
         return found
     wanted = [*SMALL_FILES, *(["*.safetensors"] if weights else [])]
     try:
+        hub.commit("model", name, revision)  # so that a hub which does not answer is known in seconds
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except (OSError, ValueError) as error:
         if found is not None:  # offline, and no tokenizer in the model's repository
@@ -187,8 +194,12 @@ def _whole(folder: Path, weights: bool) -> bool:
 def _one_line(what: str, name: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if "custom code" in str(error):
+            first = "it needs its own Python; if you trust it, put model.trust_remote_code=true on the command line"
+        elif broken := broken_file(Path(os.path.expanduser(name))):
+            first = f"{broken.name}: {first}"
         raise ConfigError(f"model: the {what} of {name} cannot be loaded: {first}") from error
 
 
@@ -287,6 +298,32 @@ def _check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
     highest = max(tokenizer.get_vocab().values())
     if highest >= rows:
         raise ConfigError(f"model: the tokenizer of {name} has ids up to {highest}, the embedding only {rows} rows")
+
+
+def check_same_tokens(ours: Any, theirs: Any, name: str) -> None:
+    """ConfigError where a token id is not the same token to two tokenizers (None: nothing to compare).
+
+    What a row of ids says to one model it must say to the other.  Tokens that only one of them has added (a reserved
+    place that was given a name) are no difference.
+    """
+    if ours is None or theirs is None:
+        return
+    mine, other = ours.get_vocab(), theirs.get_vocab()
+    added = {*ours.added_tokens_decoder, *theirs.added_tokens_decoder}
+    base = {i: token for token, i in other.items() if i not in added}
+    for token, i in sorted(mine.items(), key=lambda item: item[1]):
+        if other.get(token, i) != i or (i not in added and base.get(i, token) != token):
+            said = f"{other[token]}" if token in other else f"none, and {i} is {base[i]!r}"
+            raise ConfigError(
+                f"model: {name} has another tokenizer than the policy: token {token!r} is {i} here and {said} there"
+            )
+
+
+def check_token_ids(model: Any, largest: int, place: str, name: str) -> None:
+    """ConfigError where a row (at ``place``) holds a token id that the embedding has no row for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if largest >= rows:
+        raise ConfigError(f"{place}: token id {largest}, but the embedding of {name} has only {rows} rows")
 
 
 def _fingerprint(folder: Path, config: ModelConfig) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from alignlab.metrics import Meter, finish
+from alignlab.train.locate import BadBatch, locate
 from alignlab.train.step import Batches, accumulate, with_statistics
 from alignlab.types import StepContext
 
@@ -17,6 +18,25 @@ def evaluate(engine: Any, objective: Any, plans: Any, batches: Batches, context:
     The divisors are those of the whole set, so the figure does not depend on batch size, packing or ranks.
     """
     plan = plans.at(0)
+    meter = Meter()
+    context = _of_whole_set(engine, objective, batches, plan, context)
+    with torch.no_grad():
+        loss = accumulate(engine, objective, batches, plan, context, meter, backward=False)
+    names = meter.names
+    flat = engine.reduce(torch.cat((loss.reshape(1), meter.stacked(names, engine.device).reshape(-1))))
+    found = {"loss": flat[0].item(), **finish(names, flat[1:].reshape(-1, 2))}
+    return {f"eval_{name}": value for name, value in found.items()}
+
+
+def bad_batches(engine: Any, objective: Any, plans: Any, batches: Batches, context: StepContext) -> list[BadBatch]:
+    """This rank's micro-batches that made a figure of :func:`evaluate` one that is not finite.  Collective."""
+    plan = plans.at(0)
+    context = _of_whole_set(engine, objective, batches, plan, context)
+    return locate(engine, objective, batches, plan, context, backward=False)
+
+
+def _of_whole_set(engine: Any, objective: Any, batches: Batches, plan: Any, context: StepContext) -> StepContext:
+    """The training step's context with the held-out set's divisors and statistics."""
     context = StepContext(
         step=context.step,
         total_steps=context.total_steps,
@@ -26,11 +46,5 @@ def evaluate(engine: Any, objective: Any, plans: Any, batches: Batches, context:
         state=context.state,
         training=False,
     )
-    meter = Meter()
     with torch.no_grad():
-        context = with_statistics(engine, objective, batches, plan, context)
-        loss = accumulate(engine, objective, batches, plan, context, meter, backward=False)
-    names = meter.names
-    flat = engine.reduce(torch.cat((loss.reshape(1), meter.stacked(names, engine.device).reshape(-1))))
-    found = {"loss": flat[0].item(), **finish(names, flat[1:].reshape(-1, 2))}
-    return {f"eval_{name}": value for name, value in found.items()}
+        return with_statistics(engine, objective, batches, plan, context)

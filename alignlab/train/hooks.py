@@ -36,18 +36,24 @@ class RunHooks:
     export: Callable[[int], None]
     write_status: Callable[[Progress], None]
     stop_requested: Callable[[], bool]
+    record: Callable[[StepReport], None] = lambda report: None
+    """the ledger's entry of a step; it comes before anything else that a step leaves"""
     data_wait: Callable[[], float] = lambda: 0.0
     """seconds this rank has waited for packed data so far"""
+    begun: Callable[[], None] = lambda: None
+    """called once, when the first step of this process is done"""
     stopped: bool = False
     _tokens_before: int = 0
     _steps_before: int = 0
     _waited_before: float = 0.0
     _seconds: float = 0.0
+    _has_begun: bool = False
     _status_written: float = -STATUS_SECONDS
 
     def after_step(self, report: StepReport) -> bool:
         step = report.progress.step
         self._seconds += report.seconds
+        self.record(report)
         if report.metrics is not None:
             self._log(report.progress, report.metrics)
         last = step == self.total_steps
@@ -58,6 +64,9 @@ class RunHooks:
             self.save(report.progress)
         if self.train.export_steps and step % self.train.export_steps == 0 and not last:
             self.export(step)
+        if not self._has_begun:
+            self._has_begun = True
+            self.begun()
         return self.stopped and not last
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -1,6 +1,7 @@
 """Where a run's figures go: metrics.jsonl and the console always, wandb and tensorboard when asked.
 
-Rank 0 only.  Nothing here can change a number or an exit code: a tracker that cannot be reached is reported once.
+Rank 0 only.  Trackers are guests (:class:`BestEffort`): whatever they do, they change no number and no exit code, and
+metrics.jsonl has every figure.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from alignlab.config import LoggerConfig
+from alignlab.errors import StorageError
 
 SHOWN = {
     "rewards/accuracies": "acc",
@@ -25,53 +28,146 @@ SHOWN = {
 """Statistics that have a place in the step line, with their short names."""
 
 
+START_SECONDS = 10
+"""How long wandb may take to reach its server before the run is written offline."""
+FINISH_SECONDS = 20
+"""How long a tracker may take at the end to hand over what it has not sent yet."""
+
+
 class Sink(Protocol):
     def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
     def close(self) -> None: ...
 
 
-class JsonLines:
-    """One JSON object a line: step, attempt, metrics; flushed at once, so that a killed run keeps its history.
+def json_number(value: float) -> float | str:
+    """``value`` for a JSON file.  JSON has no NaN: what is not finite is the text ``nan``, ``inf`` or ``-inf``.
 
-    JSON has no NaN: a figure that is not finite (of a skipped step) is null.
+    ``float(...)`` of either gives the number back, in Python, in NumPy and in pandas (``to_numeric``).
     """
+    return value if math.isfinite(value) else str(float(value))
+
+
+def json_numbers(metrics: Mapping[str, float]) -> dict[str, float | str]:
+    """:func:`json_number` of every figure."""
+    return {name: json_number(value) for name, value in metrics.items()}
+
+
+class JsonLines:
+    """One JSON object a line: step, attempt, metrics; flushed at once, so that a killed run keeps its history."""
 
     def __init__(self, path: Path, attempt: int) -> None:
-        self._file = path.open("a", encoding="utf-8")
-        self._attempt = attempt
+        self._path, self._attempt = path, attempt
+        self._file = path.open("a+b")
+        # A kill may have cut the last line of the attempt before; ours must not become its end.
+        self._file.seek(max(0, path.stat().st_size - 1))
+        if self._file.read(1) not in (b"", b"\n"):
+            self._file.write(b"\n")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        plain = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, "attempt": self._attempt, **plain}, allow_nan=False) + "\n")
-        self._file.flush()
+        row = {"step": step, "attempt": self._attempt, **json_numbers(metrics)}
+        try:
+            self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise StorageError(f"{self._path}: cannot be written ({error.strerror})") from None
 
     def close(self) -> None:
         self._file.close()
 
 
+class BestEffort:
+    """A tracker that may fail at any moment: in the beginning, at a record, at the end.
+
+    ``make`` is called at once; what goes wrong is said once through ``say(head, text)`` and counted, and the account is
+    given at the end.  A tracker that does not come back from ``close`` is left behind after ``FINISH_SECONDS``.
+    """
+
+    def __init__(self, name: str, make: Callable[[], Sink], say: Callable[[str, str], None]) -> None:
+        self.name, self._say = name, say
+        self.failed = self.written = 0
+        self._sink: Sink | None = None
+        try:
+            self._sink = make()
+        except Exception as error:
+            say(name, f"cannot be used ({_reason(error)}); the run goes on, metrics.jsonl has all figures")
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self._sink is None:
+            return
+        try:
+            self._sink.write(step, metrics)
+            self.written += 1
+        except Exception as error:
+            self.failed += 1
+            if self.failed == 1:
+                self._say(self.name, f"failed at step {step} ({_reason(error)}); the run goes on, metrics.jsonl has it")
+
+    def close(self) -> None:
+        if self._sink is None:
+            return
+        problems: list[str] = []
+        closing = threading.Thread(target=self._close, args=(self._sink, problems), daemon=True)
+        closing.start()
+        closing.join(FINISH_SECONDS + 5)
+        if closing.is_alive():
+            problems.append("did not finish")
+        if self.failed:
+            problems.insert(0, f"{self.failed} of {self.failed + self.written} records were not taken")
+        if problems:
+            self._say(self.name, f"{'; '.join(problems)}; metrics.jsonl has all figures")
+
+    @staticmethod
+    def _close(sink: Sink, problems: list[str]) -> None:
+        try:
+            sink.close()
+        except Exception as error:
+            problems.append(_reason(error))
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
+
+
 class Wandb:
     """Weights & Biases: offline unless a key exists, never interactive, run id = run name so a resume continues it."""
 
-    def __init__(self, project: str, run_name: str, config: Mapping[str, Any], folder: Path) -> None:
+    def __init__(
+        self, project: str, run_name: str, config: Mapping[str, Any], folder: Path, say: Callable[[str, str], None]
+    ) -> None:
         import wandb
 
-        mode: Any = "online" if os.environ.get("WANDB_API_KEY") else "offline"
-        settings = wandb.Settings(init_timeout=15, silent=True, console="off")
+        self._online = bool(os.environ.get("WANDB_API_KEY")) and os.environ.get("WANDB_MODE", "online") == "online"
+        settings = wandb.Settings(
+            init_timeout=START_SECONDS, finish_timeout=FINISH_SECONDS, finish_timeout_raises=True, silent=True,
+            console="off",
+        )  # fmt: skip
         options: dict[str, Any] = {
             "project": project, "name": run_name, "id": run_name, "resume": "allow", "config": dict(config),
             "dir": str(folder), "settings": settings,
         }  # fmt: skip
-        try:
-            self._run = wandb.init(mode=mode, **options)
-        except Exception as error:
-            print(f"wandb      cannot be reached ({type(error).__name__}); writing offline", file=sys.stderr)
+        why = ""
+        if self._online:
+            try:
+                self._run = wandb.init(mode="online", **options)
+            except Exception as error:
+                self._online, why = False, f"cannot be reached ({_reason(error)}); "
+                wandb.teardown()  # its service still holds the run's id and would refuse it
+        if not self._online:
             self._run = wandb.init(mode="offline", **options)
+            say("wandb", f"{why}writing offline; later: {self._sync}")
+
+    @property
+    def _sync(self) -> str:
+        return f"wandb sync {self._run.settings.sync_dir}"
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
 
     def close(self) -> None:
-        self._run.finish()
+        try:
+            self._run.finish()
+        except TimeoutError:
+            raise TimeoutError(f"not all was sent within {FINISH_SECONDS} s; later: {self._sync}") from None
 
 
 class TensorBoard:
@@ -89,14 +185,15 @@ class TensorBoard:
 
 
 def make_sinks(
-    config: LoggerConfig, folder: Path, attempt: int, run_name: str, frozen: Mapping[str, Any]
-) -> list[Sink]:
-    """metrics.jsonl first, then what ``logger`` names."""
+    config: LoggerConfig, folder: Path, attempt: int, run_name: str, frozen: Mapping[str, Any],
+    say: Callable[[str, str], None],
+) -> list[Sink]:  # fmt: skip
+    """metrics.jsonl first, then what ``logger`` names; ``say(head, text)`` reaches the user."""
     sinks: list[Sink] = [JsonLines(folder / "metrics.jsonl", attempt)]
     if "wandb" in config.names:
-        sinks.append(Wandb(config.project, run_name, frozen, folder))
+        sinks.append(BestEffort("wandb", lambda: Wandb(config.project, run_name, frozen, folder, say), say))
     if "tensorboard" in config.names:
-        sinks.append(TensorBoard(folder))
+        sinks.append(BestEffort("tensorboard", lambda: TensorBoard(folder), say))
     return sinks
 
 

@@ -9,9 +9,11 @@ from typing import Any, Protocol
 
 import torch
 
+from alignlab import dist, heartbeat
 from alignlab.config import OptimConfig, TrainConfig
 from alignlab.errors import NumericsError
 from alignlab.metrics import Meter, finish
+from alignlab.train.locate import BadBatch, locate
 from alignlab.train.schedule import learning_rate, warmup_steps
 from alignlab.train.step import Batches, accumulate, with_statistics
 from alignlab.types import StepContext
@@ -41,6 +43,21 @@ class StepReport:
     plan: Any
     metrics: dict[str, float] | None
     seconds: float
+    updated: bool = True
+    """False: the step was not finite and was skipped"""
+
+
+@dataclass(frozen=True)
+class BadStep:
+    """A step whose loss or gradient is not finite: no rank has updated anything.
+
+    ``located`` are this rank's micro-batches that a second pass found to be bad.  ``metrics`` are the step's own, with
+    the true values.
+    """
+
+    plan: Any
+    metrics: dict[str, float]
+    located: list[BadBatch]
 
 
 class Hooks(Protocol):
@@ -73,24 +90,35 @@ def fit(
     seed: int,
     progress: Progress,
     hooks: Hooks,
-    save_batch: Callable[[Any], None] = lambda plan: None,
+    on_bad_step: Callable[[BadStep], str] = lambda bad: "",
 ) -> Progress:
     """Train from ``progress.step`` to the last step of ``plans``; returns the progress reached.
 
-    Raises :class:`NumericsError` when a loss or gradient is not finite and ``train.nonfinite`` says stop; no rank
-    has then updated its parameters.  ``save_batch`` keeps the offending step for inspection.
+    Raises :class:`NumericsError` when a loss or gradient is not finite and ``train.nonfinite`` says stop, or after too
+    many skips in a row; no rank has then updated its parameters.  ``on_bad_step`` is called on every rank for each such
+    step, before anything is raised; it keeps what is needed for an inspection and says in words where it happened.
+
+    A skipped step has a record of its own with its true values, and leaves no trace in the means of its interval.
     """
     meter = Meter()
     interval_loss = torch.zeros((), dtype=torch.float64, device=engine.device)
     interval_steps = 0
     for step in range(progress.step, plans.total_steps):
         started = time.perf_counter()
+        heartbeat.at(step + 1)
+        heartbeat.phase("data")
         plan = plans.at(step)
+        _seed_dropout(engine, seed, step)
         context = context_of(plans, plan, step, optim, seed, progress)
         context = with_statistics(engine, objective, batches, plan, context)
         of_step = Meter()
         loss = accumulate(engine, objective, batches, plan, context, of_step, backward=True)
-        info = engine.step(learning_rate(optim, step, plans.total_steps))
+        lr = learning_rate(optim, step, plans.total_steps)
+        heartbeat.phase("update")
+        info = engine.step(lr)
+        progress.step = step + 1
+        heartbeat.done(progress.step)
+        progress.num_tokens += plan.num_tokens
         if info.updated:
             meter.merge(of_step)
             interval_loss += loss
@@ -99,28 +127,32 @@ def fit(
             if hasattr(objective, "end_of_step"):
                 progress.objective_state = objective.end_of_step(context)
         else:
-            save_batch(plan)
-            _nonfinite(engine, train, step, loss, info.grad_norm, progress)
-        progress.step = step + 1
-        progress.num_tokens += plan.num_tokens
+            progress.skipped += 1
+            progress.skipped_in_a_row += 1
         metrics = None
-        if progress.step % train.logging_steps == 0 or progress.step == plans.total_steps:
-            # Skipped steps leave no trace in the means; an interval of nothing else has no loss to show.
-            metrics = _reduced(engine, meter, interval_loss / interval_steps if interval_steps else loss)
-            metrics |= {
-                "grad_norm": info.grad_norm,
-                "learning_rate": learning_rate(optim, step, plans.total_steps),
-                "num_tokens": progress.num_tokens,
-                "epoch": plan.epoch,
-            }
-            if progress.skipped:
-                metrics["skipped_steps"] = progress.skipped
+        now = {
+            "grad_norm": info.grad_norm, "learning_rate": lr, "num_tokens": progress.num_tokens, "epoch": plan.epoch,
+        }  # fmt: skip
+        if progress.skipped:
+            now["skipped_steps"] = progress.skipped
+        if not info.updated:
+            metrics = {"loss": engine.reduce(loss.reshape(1)).item(), **now}
+            _seed_dropout(engine, seed, step)
+            located = locate(engine, objective, batches, plan, context, backward=True)
+            _apply_policy(train, progress, metrics, on_bad_step(BadStep(plan, metrics, located)))
+        elif progress.step % train.logging_steps == 0 or progress.step == plans.total_steps:
+            metrics = {**_reduced(engine, meter, interval_loss / interval_steps), **now}
             meter.reset()
             interval_loss.zero_()
             interval_steps = 0
-        if hooks.after_step(StepReport(progress, plan, metrics, time.perf_counter() - started)):
+        if hooks.after_step(StepReport(progress, plan, metrics, time.perf_counter() - started, info.updated)):
             break
     return progress
+
+
+def _seed_dropout(engine: Any, seed: int, step: int) -> None:
+    """Dropout (of adapters; models have none) is a function of the step: no generator's state is ever stored."""
+    torch.manual_seed(dist.derive_seed(seed, "dropout", step, engine.rank))
 
 
 def _reduced(engine: Any, meter: Meter, loss: torch.Tensor) -> dict[str, float]:
@@ -131,16 +163,16 @@ def _reduced(engine: Any, meter: Meter, loss: torch.Tensor) -> dict[str, float]:
     return {"loss": flat[0].item(), **finish(names, flat[1:].reshape(-1, 2))}
 
 
-def _nonfinite(engine: Any, train: TrainConfig, step: int, loss: torch.Tensor, norm: float, progress: Progress) -> None:
-    """Apply the one numeric policy; the true value goes into the message."""
-    value = engine.reduce(loss.reshape(1)).item()
-    what = f"loss {value} and gradient norm {norm} at step {step + 1}"
-    progress.skipped += 1
-    progress.skipped_in_a_row += 1
+def _apply_policy(train: TrainConfig, progress: Progress, metrics: dict[str, float], where: str) -> None:
+    """The one numeric policy, for every engine: stop, or skip a limited number of times in a row."""
+    what = f"loss {metrics['loss']} and gradient norm {metrics['grad_norm']} at step {progress.step}"
+    where = f" {where}" if where else ""
     if train.nonfinite == "stop":
         raise NumericsError(
-            f"{what} are not finite; parameters are unchanged. Lower optim.learning_rate, look at the rows in "
+            f"{what} are not finite; parameters are unchanged.{where} Lower optim.learning_rate, look at the rows in "
             "nonfinite.json, or set train.nonfinite=skip"
         )
     if progress.skipped_in_a_row >= SKIPS_IN_A_ROW:
-        raise NumericsError(f"{what}: {SKIPS_IN_A_ROW} steps in a row were not finite; parameters are unchanged")
+        raise NumericsError(
+            f"{what}: {SKIPS_IN_A_ROW} steps in a row were not finite; parameters are unchanged.{where}"
+        )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from alignlab.data import cache
-from alignlab.errors import ConfigError
+from alignlab.errors import ConfigError, NumericsError, StorageError
 from alignlab.ops.segments import segment_sum
 from alignlab.train.step import Batches
 from alignlab.types import Ask, PackedBatch
@@ -52,12 +53,14 @@ def reference_logps(
     mismatched: Iterable[Any] | None = None,
     *,
     compute: bool = True,
+    name: Callable[[np.ndarray], str] = str,
 ) -> Reference:
     """Read the reference numbers from the cache, or compute them once and publish them.
 
     ``everything()`` is a plan over all examples; ``mismatched`` the step plans whose partner rows are needed.
     ``key_parts`` names all that the numbers depend on (model, tokenizer and index hashes, dtype, adapter).
     Collective: every rank calls it; rank 0 writes.  Without ``compute`` numbers that are not there are a ConfigError.
+    A number that is not finite is a NumericsError, and nothing is kept; ``name`` puts sequence numbers into words.
     """
     entry = cache.entry("reference", cache.key(key_parts))
     started = time.perf_counter()
@@ -75,6 +78,12 @@ def reference_logps(
     pairs, pair_values = np.zeros((0, 2), dtype=np.int64), np.zeros(0)
     if mismatched is not None:
         pairs, pair_values = _collect(engine, batches, mismatched, "mismatched")
+    wrong = np.concatenate((ids[~np.isfinite(values), 0], pairs[~np.isfinite(pair_values), 0]))
+    if len(wrong):
+        raise NumericsError(
+            f"the reference log-probability of {len(np.unique(wrong))} sequence(s) is not finite: {name(wrong)}. "
+            "Look at the rows and at the reference model's weights, or take model.dtype=fp32"
+        )
     seconds = time.perf_counter() - started
     if engine.rank == 0:
         _publish(entry, key_parts, sequences, pairs, pair_values)
@@ -108,8 +117,13 @@ def _complete(entry: Path) -> bool:
 
 
 def _read(entry: Path, seconds: float) -> Reference:
-    with np.load(entry / "logps.npz", allow_pickle=False) as stored:
-        return Reference(stored["sequences"], _table(stored["pairs"], stored["pair_values"]), seconds)
+    path = entry / "logps.npz"
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return Reference(stored["sequences"], _table(stored["pairs"], stored["pair_values"]), seconds)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        line = (str(error) or type(error).__name__).splitlines()[0]
+        raise StorageError(f"{path}: damaged ({line}); remove it with 'alignlab cache rm reference'") from None
 
 
 def _publish(

@@ -7,15 +7,16 @@ the result.  The engine averages gradients over its ``dp`` ranks; the factor ``d
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from alignlab import heartbeat
 from alignlab.metrics import Meter
-from alignlab.types import LossOutput, PackedBatch, StepContext, Unit
+from alignlab.types import LossOutput, PackedBatch, Score, StepContext, Unit
 
 
 class Batches(Protocol):
@@ -40,11 +41,36 @@ def with_statistics(engine: Any, objective: Any, batches: Batches, plan: Any, co
     values: dict[str, list[Tensor]] = {}
     with torch.no_grad():
         for batch in batches.of(plan, select=select):
+            heartbeat.phase("forward")
             found = objective.step_statistics(engine.score, batch, context)
             for name, value in found.items():
                 values.setdefault(name, []).append(value if batch.weight else value[:0])
     gathered = {name: engine.gather(torch.cat(values[name])) for name in sorted(values)}
     return replace(context, statistics=gathered)
+
+
+def micro_losses(
+    engine: Any, objective: Any, batches: Batches, plan: Any, context: StepContext, *, backward: bool,
+    score: Score | None = None,
+) -> Iterator[tuple[PackedBatch, LossOutput, Tensor]]:  # fmt: skip
+    """(micro-batch, what the objective said of it, its share of the step's loss) for this rank's share of the step.
+
+    With ``backward`` each one's gradient is in the engine when it is yielded.  ``score`` stands in for the engine's.
+    """
+    remaining = len(plan.for_rank(engine.rank))
+    for batch in batches.of(plan):
+        remaining -= 1
+        heartbeat.phase("forward")
+        output = objective(score or engine.score, batch, context)
+        loss = scaled_loss(output, context.totals, batch.weight)
+        if backward:
+            heartbeat.phase("backward")
+            # A loss that is not finite may have a finite gradient (an infinite constant).  x - x is 0 or NaN: so the
+            # gradient's norm, which every engine checks over all ranks before it updates, tells of the loss as well.
+            constant = loss.detach()
+            engine.backward(loss * (engine.dp + (constant - constant)), last=remaining == 0)
+        heartbeat.phase("data")
+        yield batch, output, loss.detach()
 
 
 def accumulate(
@@ -55,13 +81,7 @@ def accumulate(
     With ``backward`` gradients are left accumulated in the engine, ready for ``engine.step``.
     """
     loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
-    remaining = len(plan.for_rank(engine.rank))
-    for batch in batches.of(plan):
-        remaining -= 1
-        output = objective(engine.score, batch, context)
-        loss = scaled_loss(output, context.totals, batch.weight)
-        if backward:
-            engine.backward(loss * engine.dp, last=remaining == 0)
-        loss_sum += loss.detach().double()
+    for batch, output, loss in micro_losses(engine, objective, batches, plan, context, backward=backward):
+        loss_sum += loss.double()
         meter.add(output.stats, batch.weight)
     return loss_sum

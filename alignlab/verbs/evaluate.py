@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from alignlab import dist
+from alignlab import dist, names, schema
 from alignlab.cli import Request, emit
 from alignlab.config import RootConfig
 from alignlab.errors import ConfigError
@@ -48,12 +48,21 @@ def run(request: Request) -> int:
         print(f"{name:<32} {value:.6g}")
     if folder is not None:
         folder.eval.mkdir(exist_ok=True)
-        name = Path(config.data.eval_path or config.data.path or "mixture").name.split(".")[0]
-        path = folder.eval / f"{name}.json"
+        path = folder.eval / f"{result_name(config)}.json"
         write_atomic(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
         print(f"written  {path}")
     emit(request, result)
     return 0
+
+
+def result_name(config: RootConfig) -> str:
+    """``<rows>-<objective>-<8 hex>``: the same measurement has the same name, and no other one has."""
+    source = config.data.eval_path or config.data.path or "mixture"
+    what = {
+        "rows": names.identify(source),
+        "options": {k: v for k, v in schema.flatten(config).items() if k.startswith(("data.", "eval.", "objective."))},
+    }
+    return f"{Path(source).name.split('.')[0]}-{config.objective.name}-{names.digest(what)[:8]}"
 
 
 def trained(request: Request) -> tuple[RootConfig, RunFolder | None]:
@@ -71,6 +80,7 @@ def trained(request: Request) -> tuple[RootConfig, RunFolder | None]:
     if request.file is None:
         return config, None
     folder = RunFolder(request.file.parent)
+    folder.refuse_links()
     model = target if target.name == "model" else folder.model
     if not model.is_dir():
         raise ConfigError(f"{request.verb}: {folder} has no finished model; run the training to its end first")
@@ -86,7 +96,11 @@ def trained(request: Request) -> tuple[RootConfig, RunFolder | None]:
 
 
 def on_rows_given(config: RootConfig) -> RootConfig:
-    """Without a held-out source the rows of ``data.path`` are what is evaluated."""
+    """Without a held-out source the rows of ``data.path`` are what is evaluated.
+
+    Nothing trains here, so nothing leaks: rows that are in both are measured as they are.
+    """
+    config = replace(config, data=replace(config.data, leaks="keep"))
     if config.data.eval_path is not None or config.data.eval_fraction:
         return config
     return replace(config, data=replace(config.data, eval_path=config.data.path, eval_split=config.data.split))

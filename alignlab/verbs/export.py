@@ -24,6 +24,7 @@ def run(request: Request) -> int:
     if request.target is None or request.file is None:
         raise ConfigError("export takes a run folder as its first argument: alignlab export runs/x")
     config, folder = request.config, RunFolder(request.file.parent)
+    folder.refuse_links()
     found = checkpoint.newest_valid(folder.checkpoints)
     for line in found.damaged:
         print(f"warning  passed over a damaged checkpoint: {line}")

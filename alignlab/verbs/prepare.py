@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from alignlab import liveness
 from alignlab.cli import Request, emit
 from alignlab.config import RootConfig
 from alignlab.data import cache
+from alignlab.header import findings_text
 from alignlab.job import JobData, assemble, attach_reference, prepare_data
 from alignlab.models.load import fetch
 
@@ -17,6 +19,7 @@ def run(request: Request) -> int:
 
     With ``reference=true`` also the reference numbers: in this one process, for any number of ranks to read.
     """
+    liveness.gate(request)
     config = request.config
     if config.engine.name.startswith("zero"):
         from alignlab.engine import deepspeed
@@ -26,16 +29,17 @@ def run(request: Request) -> int:
     if config.reference.name_or_path is not None and config.reference.name_or_path != config.model.name_or_path:
         fetch(replace(config.model, name_or_path=config.reference.name_or_path, revision=None))
     data = prepare_data(config)
-    accounts = {"train": data.train.manifest}
-    if data.held_out is not None:
-        accounts["held_out"] = data.held_out.manifest
-    for name, manifest in accounts.items():
+    accounts = data.accounts()
+    for name in [side for side in ("train", "held_out") if side in accounts]:
+        manifest = accounts[name]
         dropped = ", ".join(f"{reason} {n}" for reason, n in sorted(manifest["dropped"].items())) or "none"
         print(
             f"{name:<8} {manifest['read']:,} read = {manifest['kept']:,} kept + "
             f"{manifest['read'] - manifest['kept']:,} dropped ({dropped}); {manifest['sequences']:,} sequences, "
             f"{manifest['pairs']:,} pairs, {manifest['tokens']:,} tokens"
         )
+    if text := findings_text(accounts):
+        print(f"warning  {text}; listed in findings.jsonl of the index and of a run's data/")
     print(f"index    {data.train.folder}   ({'made' if data.train.fresh else 'cached'})")
     result: dict[str, Any] = {"data": accounts, "index": str(data.train.folder), "fresh": data.train.fresh}
     if config.reference.compute:

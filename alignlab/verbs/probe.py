@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from alignlab import dist
+from alignlab import dist, liveness
 from alignlab.cli import Request, emit
 from alignlab.job import assemble, attach_reference, prepare_data
 from alignlab.metrics import Meter, finish
@@ -18,6 +18,7 @@ from alignlab.train.step import accumulate, with_statistics
 
 def run(request: Request) -> int:
     """Print (or give as JSON) ``loss``, ``grad_norm`` before clipping, ``grad_norms`` by parameter, ``metrics``."""
+    liveness.gate(request)
     config = request.config
     data = prepare_data(config)
     dist.init(timeout=config.engine.timeout, group=config.engine.name.startswith("zero"))

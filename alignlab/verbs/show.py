@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from alignlab import names, schema, yamlio
+from alignlab import keys, names, schema, yamlio
 from alignlab.cli import Request, emit
 from alignlab.compose import frozen_text, missing
 from alignlab.config import RootConfig
@@ -16,7 +16,10 @@ from alignlab.settings import GROUPS
 
 
 def run(request: Request) -> int:
-    """Without arguments the groups; with a group's name its options and keys; else the composed configuration."""
+    """Without arguments the groups; with a group's name its options and keys; else the composed configuration.
+
+    Of a run's folder also which keys the run has read.
+    """
     if request.target is not None and request.file is None:
         return _group(request, request.target)
     if not request.overrides and not request.settings and request.file is None:
@@ -31,13 +34,21 @@ def _composed(request: Request) -> int:
         print(f"# run {name}")
     for line in absent:
         print(f"# {line}")
-    print(frozen_text(request.config, request.provenance), end="")
+    record = keys.recorded(request.file) if request.file is not None and not request.overrides else {}
+    read = {key: entry["read"] for key, entry in record.items()}
+    if read:
+        told = {key: f"{who}, {'read' if read.get(key) else 'not read'}" for key, who in request.provenance.items()}
+        print(yamlio.dump(schema.flatten(request.config), told), end="")
+    else:
+        print(frozen_text(request.config, request.provenance), end="")
     emit(
         request,
         {
             "name": name,
             "config": schema.flatten(request.config),
             "provenance": request.provenance,
+            "stated": sorted(request.stated),
+            "read": read,
             "options": request.options,
             "missing": absent,
         },

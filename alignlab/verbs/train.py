@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from alignlab import liveness
 from alignlab.cli import Request
 from alignlab.launch import launch
+from alignlab.watch import watched
 
 
 def run(request: Request) -> int:
     """Train; the exit code is that of interface.md 3, as the workers left it in ``status.json``."""
+    liveness.gate(request)
+    request.config = watched(request.config, request.reads)
     return launch(request)

@@ -19,7 +19,7 @@ from alignlab.types import Ask
 CELLS: dict[str, dict[str, Any]] = {
     **{f"{name}-fp32": {"name": name} for name in ("zero0", "zero1", "zero2", "zero3")},
     **{f"{name}-bf16": {"name": name, "dtype": "bf16"} for name in ("zero1", "zero2", "zero3")},
-    **{f"{name}-lora": {"name": name, "adapter": True} for name in ("zero0", "zero2", "zero3")},
+    **{f"{name}-lora": {"name": name, "adapter": True} for name in ("zero0", "zero1", "zero2", "zero3")},
     **{f"{name}-rmsprop": {"name": name, "optim": "rmsprop"} for name in ("zero0", "zero3")},
     **{f"{name}-offload": {"name": name, "offload_optimizer": True} for name in ("zero1", "zero2", "zero3")},
 }
@@ -60,20 +60,29 @@ def resumed(cell: dict[str, Any], folder: Path, seed: int = 1) -> dict[str, Any]
 def curve_and_resume(cell: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Twenty steps, a checkpoint, four more; and the four again from the checkpoint, in a fresh engine."""
     engine = build(cell)
+    counters = [update_counters(engine)]
     curve = [train_step(engine, s) for s in range(BEFORE)]
+    counters.append(update_counters(engine))
     saved = state_bits(engine, folder)
     after = [train_step(engine, s) for s in range(BEFORE, BEFORE + AFTER)]
     end = state_bits(engine, folder.with_name(folder.name + "-end"))
     engine.close()
     engine = build(cell, seed=1)
     engine.load(folder)
+    counters.append(update_counters(engine))
     loaded = state_bits(engine, folder.with_name(folder.name + "-loaded"))
     again = [train_step(engine, s) for s in range(BEFORE, BEFORE + AFTER)]
     end_again = state_bits(engine, folder.with_name(folder.name + "-end-again"))
     updates = engine.updates
     engine.close()
-    keys = ("curve", "after", "again", "saved", "loaded", "end", "end_again", "updates")
-    return dict(zip(keys, (curve, after, again, saved, loaded, end, end_again, updates), strict=True))
+    keys = ("curve", "after", "again", "saved", "loaded", "end", "end_again", "updates", "counters")
+    return dict(zip(keys, (curve, after, again, saved, loaded, end, end_again, updates, counters), strict=True))
+
+
+def update_counters(engine: Any) -> list[float]:
+    """What the optimizer itself has counted, for each of its tensors."""
+    state = engine._optimizer.state if engine.name == "local" else engine._state()
+    return sorted({float(entry["step"]) for entry in state.values() if "step" in entry})
 
 
 def everything(folder: str, sources: dict[str, str]) -> dict[str, Any]:

@@ -26,7 +26,8 @@ module = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = module
 spec.loader.exec_module(module)
 from alignlab import dist
-dist.die_with_parent()
+from alignlab.processes import die_with_parent
+die_with_parent()
 result = getattr(module, function)(**json.loads(arguments))
 Path(out, f"rank{dist.rank()}.json").write_text(json.dumps(result))
 dist.shutdown()

@@ -75,6 +75,15 @@ def test_resume_is_bit_equal(both: dict[int, dict[str, Any]], ranks: int, cell: 
         assert {key.split("/")[1] for key in found["saved"]} == {"param"} | moments
 
 
+@pytest.mark.parametrize(("ranks", "cell"), [(r, c) for r in (1, 2) for c in cells_of(r)])
+def test_the_optimizer_counts_its_updates(both: dict[int, dict[str, Any]], ranks: int, cell: str) -> None:
+    """None when it is made (wrappers of DeepSpeed make a dummy one), as many as were done, and so after a load."""
+    for rank in both[ranks]["ranks"]:
+        made, trained, loaded = rank["curves"][cell]["counters"]
+        assert made in ([], [0.0])
+        assert trained == loaded == [float(BEFORE)]
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_another_engine_and_world_size_go_on(world1: dict[str, Any], world2: dict[str, Any], cell: str) -> None:
     kind = cell.split("-")[1]

@@ -414,9 +414,13 @@ def test_a_start_whose_folder_was_taken_over_ends_its_ranks(tmp_path: Path) -> N
 
 
 def test_a_start_whose_folder_was_taken_over_writes_no_status() -> None:
-    with pytest.raises(BusyError), launch.owned(request()) as (folder, _):
-        folder.owner.write_text(json.dumps({"token": "another", "pid": 1, "host": "elsewhere"}))
-        raise BusyError("taken over")
+    def taken_over() -> None:
+        with launch.owned(request()) as (folder, _):
+            folder.owner.write_text(json.dumps({"token": "another", "pid": 1, "host": "elsewhere"}))
+            raise BusyError("taken over")
+
+    with pytest.raises(BusyError):
+        taken_over()
     assert RunFolder("runs/here").status()["state"] == "running"
 
 

@@ -55,9 +55,7 @@ def test_what_was_not_fetched_is_named(fake: FakeHub, monkeypatch: pytest.Monkey
         raise OSError("timed out")
 
     monkeypatch.setattr(hub, "commit", gone)
-    with pytest.raises(
-        DataError, match=r"owner/set: no such file.* cannot be loaded \(timed out\)"
-    ):
+    with pytest.raises(DataError, match=r"owner/set: no such file.* cannot be loaded \(timed out\)"):
         list(read_rows("owner/set"))
     assert not fake.asked
 

@@ -263,7 +263,7 @@ def test_a_worker_dies_with_its_parent(tmp_path: Path) -> None:
     import subprocess
     import time
 
-    worker = "import os, sys, time; from alignlab import dist; dist.die_with_parent(); print(os.getpid(), flush=True); "
+    worker = "import os, time; from alignlab.processes import *; die_with_parent(); print(os.getpid(), flush=True); "
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker + 'time.sleep(60)'!r}])"
     process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

@@ -239,6 +239,7 @@ def test_a_hub_model_is_fetched_once_and_without_its_weights_where_none_are_need
     files = ("config.json", "tokenizer.json", "model-1.safetensors", "model-2.safetensors", "pytorch_model.bin")
     hub = Hub(tmp_path / "snapshot", dict.fromkeys(files, "{}") | {"model.safetensors.index.json": SHARDS})
     monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
+    monkeypatch.setattr("alignlab.data.hub.commit", lambda *_: "abc")
     config = ModelConfig(name_or_path="owner/name", revision="abc")
     assert _source(config) == _source(config) == str(hub.folder)
     assert hub.asked == [("owner/name", "abc", False)], "the small files, once"
@@ -254,5 +255,6 @@ def test_a_hub_model_is_fetched_once_and_without_its_weights_where_none_are_need
 
 def test_a_name_that_is_nowhere_is_answered_with_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", Hub(tmp_path / "none", {}))
+    monkeypatch.setattr("alignlab.data.hub.commit", lambda *_: "abc")
     with pytest.raises(ConfigError, match=r"no folder tinny here, and the hub .* did you mean tiny\?"):
         _source(ModelConfig(name_or_path="tinny"))

@@ -16,7 +16,7 @@ from alignlab.config import EngineConfig, OptimConfig, TrainConfig
 from alignlab.engine.base import make_engine
 from alignlab.errors import NumericsError
 from alignlab.metrics import stat
-from alignlab.train.evaluation import evaluate
+from alignlab.train.evaluation import bad_batches, evaluate
 from alignlab.train.logging import JsonLines
 from alignlab.train.loop import SKIPS_IN_A_ROW, Progress, context_of, fit
 from alignlab.types import LossOutput, Unit
@@ -86,7 +86,7 @@ def train(engine: Any, objective: Any, hooks: Any, *, progress: Progress | None 
     saved = keys.pop("saved", [])
     return fit(
         engine, objective, Plans(), Batches(), OPTIM, TrainConfig(**keys), 0, progress or Progress(), hooks,
-        save_batch=lambda plan: saved.append(plan.step),
+        on_bad_step=lambda bad: str(saved.append(bad.plan.step) or ""),
     )  # fmt: skip
 
 
@@ -134,9 +134,17 @@ def test_a_skipped_step_updates_nothing_and_stays_out_of_the_figures(tmp_path: P
     progress = train(engine, Mean(poison=(1, 4)), hooks, nonfinite="skip", logging_steps=3, saved=saved)
     assert (progress.step, progress.skipped, progress.skipped_in_a_row, saved) == (STEPS, 2, 0, [1, 4])
     assert engine.updates == STEPS - 2
-    figures = [metrics for _, metrics in hooks.reports if metrics is not None]
-    assert all(math.isfinite(value) for metrics in figures for value in metrics.values())
-    assert figures[-1]["skipped_steps"] == 2
+    figures = {step: metrics for step, metrics in hooks.reports if metrics is not None}
+    assert sorted(figures) == [2, 3, 5, 6]  # the skipped ones have records of their own
+    for step, metrics in figures.items():
+        assert math.isfinite(metrics["loss"]) is math.isfinite(metrics["grad_norm"]) is (step in (3, 6))
+    assert all(math.isfinite(value) for step in (3, 6) for value in figures[step].values())
+    assert [figures[step]["skipped_steps"] for step in (2, 3, 5, 6)] == [1, 1, 2, 2]
+    every = Record()
+    train(engine_of(), Mean(poison=(1, 4)), every, nonfinite="skip")
+    losses = {step: metrics["loss"] for step, metrics in every.reports}
+    assert figures[3]["loss"] == pytest.approx((losses[1] + losses[3]) / 2)
+    assert figures[6]["loss"] == pytest.approx((losses[4] + losses[6]) / 2)
 
 
 def test_an_interval_of_skipped_steps_only_is_valid_json(tmp_path: Path) -> None:
@@ -152,8 +160,9 @@ def test_an_interval_of_skipped_steps_only_is_valid_json(tmp_path: Path) -> None
 
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line, parse_constant=refuse) for line in lines]
-    assert [row["loss"] is None for row in rows] == [step == 1 for step in range(STEPS)]
-    assert rows[1]["grad_norm"] is None
+    assert [row["loss"] == "nan" for row in rows] == [step == 1 for step in range(STEPS)]
+    assert rows[1]["grad_norm"] == "nan"
+    assert math.isnan(float(rows[1]["loss"]))
     assert "nll" not in rows[1]
 
 
@@ -187,4 +196,103 @@ def test_evaluation_is_the_plain_mean_and_leaves_the_model_alone() -> None:
     }
     assert not any(objective.training)
     assert all(torch.equal(value, before[name]) for name, value in weights(engine).items())
+    assert all(p.grad is None for p in engine.module.parameters())
+
+
+class Infinite(Mean):
+    """Adds an infinite constant to one micro-batch of one step: the loss is not finite, its own gradient is."""
+
+    step, number = 2, 1
+
+    def __call__(self, score: Any, batch: Any, context: Any) -> LossOutput:
+        output = super().__call__(score, batch, context)
+        here = context.step == self.step and batch.input_ids.equal(micro_batches(self.step)[self.number].input_ids)
+        return LossOutput({Unit.TOKEN: output.sums[Unit.TOKEN] + (math.inf if here else 0.0)}, output.stats)
+
+
+def bad_steps(engine: Any, objective: Any) -> list[Any]:
+    """The bad steps of a run that skips them."""
+    found: list[Any] = []
+    fit(
+        engine, objective, Plans(), Batches(), OPTIM, TrainConfig(nonfinite="skip"), 0, Progress(), Record(),
+        on_bad_step=lambda bad: str(found.append(bad) or ""),  # type: ignore[func-returns-value]
+    )  # fmt: skip
+    return found
+
+
+def test_a_loss_with_a_finite_gradient_is_caught_and_its_micro_batch_found() -> None:
+    engine = engine_of()
+    (bad,) = bad_steps(engine, Infinite())
+    assert bad.metrics["loss"] == math.inf
+    assert engine.updates == STEPS - 1
+    (where,) = bad.located
+    assert (where.number, where.loss, where.kind, where.parameters) == (1, math.inf, "logp", ())
+    assert where.batch.input_ids.equal(micro_batches(2)[1].input_ids)
+    assert where.values.isfinite().all(), "the scores were not to blame"
+    assert all(p.isfinite().all() for p in engine.module.parameters())
+
+
+@pytest.mark.parametrize("wrong", [math.nan, 1e30])
+def test_a_gradient_alone_is_caught_and_its_parameter_found(wrong: float) -> None:
+    engine, objective = engine_of(), Mean()
+    backward, seen = engine.backward, []
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient.index_fill(0, torch.tensor([3]), wrong)
+
+    def spoiled(loss: torch.Tensor, last: bool = False) -> None:
+        seen.append(len(seen))
+        # The third micro-batch of the first step, in the step itself and in the second pass over it.
+        weight = engine.module.norm.weight
+        if objective.training and len(seen) in (3, len(micro_batches(0)) + 3):
+            with weight.register_hook(spoil) as handle:
+                others = {n: weight._backward_hooks.pop(n) for n in list(weight._backward_hooks) if n != handle.id}
+                weight._backward_hooks.update(others)  # ours first: the others look at what it made
+                backward(loss, last)
+        else:
+            backward(loss, last)
+
+    engine.backward = spoiled
+    (bad,) = bad_steps(engine, objective)
+    assert math.isfinite(bad.metrics["loss"])
+    assert not math.isfinite(bad.metrics["grad_norm"])
+    assert [(where.number, where.parameters) for where in bad.located] == [(2, ("norm.weight",))]
+
+
+def test_a_fault_that_does_not_come_back_is_not_pinned_on_anything() -> None:
+    engine = engine_of()
+    backward, calls = engine.backward, []
+
+    def once(loss: torch.Tensor, last: bool = False) -> None:
+        calls.append(1)
+        backward(loss * math.nan if len(calls) == 1 else loss, last)
+
+    engine.backward = once
+    (bad,) = bad_steps(engine, Mean())
+    assert bad.located == []
+    assert engine.updates == STEPS - 1
+    assert all(p.grad is None for p in engine.module.parameters()), "the second pass leaves no gradient"
+
+
+def test_a_run_without_bad_steps_is_not_looked_at_twice() -> None:
+    calls = 0
+
+    class Counted(Mean):
+        def __call__(self, score: Any, batch: Any, context: Any) -> LossOutput:
+            nonlocal calls
+            calls += 1
+            return super().__call__(score, batch, context)
+
+    train(engine_of(), Counted(), Record())
+    assert calls == sum(len(micro_batches(step)) for step in range(STEPS))
+
+
+def test_an_evaluation_that_is_not_finite_is_located_without_a_gradient() -> None:
+    engine, objective = engine_of(), Infinite()
+    objective.step = 0
+    plans = Plans()
+    context = context_of(plans, plans.at(0), 0, OPTIM, 0, Progress())
+    assert evaluate(engine, objective, plans, Batches(), context)["eval_loss"] == math.inf
+    (where,) = bad_batches(engine, objective, plans, Batches(), context)
+    assert (where.number, where.loss, where.parameters) == (1, math.inf, ())
     assert all(p.grad is None for p in engine.module.parameters())

@@ -34,6 +34,8 @@ def files(home: Path, small_model: Path) -> Path:
     write(home / "keyless.jsonl", PAIR, {**PAIR, "rejected": 3})
     write(home / "identical.jsonl", {**PAIR, "rejected": PAIR["chosen"]})
     write(home / "empty.jsonl")
+    completions = [{"response": "Ho", "overall_score": 5}, {"response": "He", "overall_score": 3}]
+    write(home / "overall.jsonl", {"instruction": "Hi", "completions": completions})
     write(home / "unknown.jsonl", {"question text": "Hi", "reply": "Ho"})
     write(home / "demonstrations.jsonl", DEMONSTRATION, DEMONSTRATION)
     write(home / "tokens.jsonl", TOKENS, TOKENS)
@@ -63,6 +65,10 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "wrong type": (["data=keyless.jsonl"], ["keyless.jsonl", "2", "rejected"]),
     "no row left": (["data=identical.jsonl"], ["identical.jsonl", "no row is left", "identical_pair 1"]),
     "empty file": (["data=empty.jsonl"], ["empty.jsonl"]),
+    "ratings that cannot be conditions": (
+        ["data=overall.jsonl", "objective=cpo"],
+        ["overall.jsonl", "rated by overall", "needs a rating besides 'overall'", "annotations", "[overall]"],
+    ),
     "unknown columns": (["data=unknown.jsonl"], ["unknown.jsonl", "question text"]),
     "wrong kind": (["data=demonstrations.jsonl"], ["demonstrations.jsonl", "1", "chosen"]),
     "no template": (["data=good.jsonl", "model=no template"], ["chat_template"]),
@@ -77,7 +83,10 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "bf16 with zero0": (["data=good.jsonl", "engine=zero0", "model.dtype=bf16"], ["zero0", "zero1"]),
     "fp64 with zero": (["data=good.jsonl", "engine=zero2", "model.dtype=fp64"], ["fp64", "local"]),
     "template that is missing": (["data=good.jsonl", "model.chat_template=missing.jinja"], ["missing.jinja"]),
-    "no text to answer": (["data=tokens.jsonl", "eval.generate=2", "data.eval_path=tokens.jsonl"], ["prompt"]),
+    "no text to answer": (
+        ["data=tokens.jsonl", "eval.generate=2", "data.eval_path=tokens.jsonl", "data.leaks=keep"],
+        ["prompt"],
+    ),
 }
 
 
@@ -128,7 +137,7 @@ def test_unreadable_rows_may_be_allowed(run: Run, files: Path, settings: list[st
     allowed = run("train", *words, "data=broken.jsonl", "data.max_reject_fraction=0.5", "train.max_steps=1",
                   "train.global_batch_size=1", "run.name=allowed")  # fmt: skip
     assert allowed.code == 0
-    assert "2 read = 1 kept + 1 dropped (malformed 1" in allowed.out
+    assert "2 read = 1 kept + 1 dropped (not_json 1" in allowed.out
     stopped = run("train", *words, "data=broken.jsonl", "data.max_reject_fraction=0.4", "run.name=refused")
     assert stopped.code == 2
     assert "data.max_reject_fraction=0.4 allows 0" in stopped.err  # floor(0.4 x 2)

@@ -153,7 +153,9 @@ def test_train_prints_ten_lines_and_fills_the_run_folder(run: Run, home: Path, s
     folder = home / "runs" / "lines"
     names = {path.name for path in folder.iterdir()}
     assert names >= {"run.yaml", "status.json", "env.json", "metrics.jsonl", "log.txt", "data", "checkpoints", "model"}
-    assert {path.name for path in (folder / "data").iterdir()} == {"manifest.json", "rejected.jsonl", "samples.txt"}
+    assert {path.name for path in (folder / "data").iterdir()} == {
+        "findings.jsonl", "manifest.json", "rejected.jsonl", "samples.txt",
+    }  # fmt: skip
     assert [path.name for path in (folder / "exports").iterdir()] == ["step-2"]
     assert (folder / "checkpoints" / "checkpoint-4" / "MANIFEST.json").is_file()
     status = json.loads((folder / "status.json").read_text())
@@ -200,7 +202,8 @@ def test_evaluate_gives_what_training_ended_with(run: Run, trained: Path) -> Non
         assert found["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-5)
     assert len(found["answers"]) == 2
     assert found["metrics"]["eval_correct"] in (0.0, 0.5, 1.0)  # the verifier's, of two answers
-    assert json.loads((trained / "eval" / "sums.json").read_text())["metrics"] == found["metrics"]
+    (written,) = (trained / "eval").glob("sums-dpo-*.json")
+    assert json.loads(written.read_text())["metrics"] == found["metrics"]
     start = run("evaluate", str(trained), "model=" + str(trained.parent.parent / "x"), "--json")
     assert start.code == 2  # a run's model cannot be replaced by one that is not there
 

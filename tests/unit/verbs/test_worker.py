@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from alignlab import worker
+from alignlab import heartbeat, worker
 from alignlab.errors import ConfigError, NumericsError, Preempted
 from alignlab.runfolder import RunFolder
 
@@ -17,6 +17,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     found = RunFolder(tmp_path)
     found.write_status(state="running", step=7)
     monkeypatch.setattr(worker, "SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr(heartbeat, "now", heartbeat.Beat())  # of a process that has done no step
     return found
 
 
