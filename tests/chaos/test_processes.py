@@ -13,9 +13,9 @@ import shard_signal
 from harness import Harness
 
 
-@pytest.mark.parametrize(("number", "kills"), [(0, 1), (1001, 2), (1005, 2)])
+@pytest.mark.parametrize(("number", "kills"), [(0, 1), (1000, 2), (1001, 1)])
 def test_a_killed_run_ends_as_if_nobody_had(harness: Harness, number: int, kills: int) -> None:
-    """Case 0 is torchrun's own; the others are in the numbers' odd half, with slow saves."""
+    """Case 0 goes through torchrun itself; an odd number has slow saves."""
     facts = shard_kill.killed(number, harness, kills=kills, steps=18)
     assert (facts["kills"], facts["real"]) == (kills, number == 0)
 
@@ -50,5 +50,6 @@ def test_a_second_start_is_told_who_is_there(harness: Harness) -> None:
     shard_locks.second(False, harness)
 
 
+@pytest.mark.nightly
 def test_a_restarted_job_takes_over(harness: Harness) -> None:
     shard_locks.restarted(harness)
