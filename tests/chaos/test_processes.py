@@ -13,14 +13,14 @@ import shard_signal
 from harness import Harness
 
 
-@pytest.mark.parametrize(("number", "kills"), [(0, 1), (1000, 2), (1001, 1)])
+@pytest.mark.parametrize(("number", "kills"), [pytest.param(0, 1, marks=pytest.mark.nightly), (1000, 2), (1001, 2)])
 def test_a_killed_run_ends_as_if_nobody_had(harness: Harness, number: int, kills: int) -> None:
     """Case 0 goes through torchrun itself; an odd number has slow saves."""
     facts = shard_kill.killed(number, harness, kills=kills, steps=18)
     assert (facts["kills"], facts["real"]) == (kills, number == 0)
 
 
-@pytest.mark.parametrize("number", [0, 6, 13])
+@pytest.mark.parametrize("number", [0, 6, pytest.param(13, marks=pytest.mark.nightly)])
 def test_a_signal_to_any_process_saves_at_a_boundary(harness: Harness, number: int) -> None:
     shard_signal.signalled(number, harness)
 

@@ -15,6 +15,7 @@ def finished(meter: Meter) -> dict[str, float]:
 
 
 def test_micro_batches_give_the_weighted_mean_of_the_whole() -> None:
+    torch.manual_seed(0)
     values, weights = torch.randn(12), torch.rand(12)
     meter, other = Meter(), Meter()
     meter.add({"a": stat(values[:5], weights[:5])})

@@ -78,6 +78,7 @@ def test_one_file_is_enough(place: Path) -> None:
         "objective=squared", "objective.surprise=0.5", "plugins=[./mine.py]", "model=tiny", "data=rows.jsonl",
         "data.format=question_reply", "data.eval_path=rows.jsonl", "eval.generate=3", "eval.max_new_tokens=3",
         "train.max_steps=2", "train.global_batch_size=3", "optim.learning_rate=1e-2", "run.name=mine",
+        "data.leaks=keep",
     ]  # fmt: skip
     answer = alignlab(place, "train", *words, "--json")
     assert answer.returncode == 0, answer.stderr

@@ -305,6 +305,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(
     assert numbers(found) == numbers(unbroken)
 
 
+@pytest.mark.nightly  # of the chaos tests' kind: two launches of torchrun
 def test_sigterm_to_two_ranks(
     start: Callable[..., subprocess.Popen[str]], home: Path, settings: list[str], unbroken: list[dict[str, Any]]
 ) -> None:

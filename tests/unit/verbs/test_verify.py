@@ -386,6 +386,7 @@ def test_cells_of_several_ranks_can_fail(home: Path, verify: Callable[..., dict[
     assert answer["exit_code"] == 1
 
 
+@pytest.mark.nightly
 def test_ranks_that_die_fail_their_cells(home: Path, verify: Callable[..., dict[str, Any]]) -> None:
     path = home / "deadly.py"
     path.write_text("from alignlab import dist\nif dist.world_size() > 1:\n    raise SystemExit('gone')\n")
