@@ -6,7 +6,6 @@ import math
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -189,19 +188,18 @@ def test_all_is_said_at_once_with_exit_code_2_before_any_model(
 
 def test_the_answer_takes_seconds_and_no_model_library(tmp_path: Path) -> None:
     code = (
-        "import sys; from alignlab.cli import main\n"
+        "import sys, time; from alignlab.cli import main\n"
         "code = main(sys.argv[1:])\n"
-        "print(sorted({'transformers', 'datasets', 'deepspeed', 'peft'} & set(sys.modules)))\n"
+        "print(sorted({'transformers', 'datasets', 'deepspeed', 'peft'} & set(sys.modules)), time.process_time())\n"
         "sys.exit(code)"
     )
     idle = ["objective.simpo_gamma=1", "optim.alpha=0.5"]
     for words, lines in ((WRONG, len(WRONG)), (idle, len(idle))):
-        started = time.monotonic()
         done = subprocess.run(
             [sys.executable, "-c", code, "train", "objective=dpo", *SIMPLE, *words],
             cwd=tmp_path, capture_output=True, text=True, timeout=60,
         )  # fmt: skip
-        seconds = time.monotonic() - started
-        assert (done.returncode, done.stdout.strip()) == (2, "[]"), done.stderr
+        libraries, seconds = done.stdout.rsplit(maxsplit=1)
+        assert (done.returncode, libraries) == (2, "[]"), done.stderr
         assert len(done.stderr.splitlines()) == lines
-        assert seconds <= 5
+        assert float(seconds) <= 5  # of the processor's time: how busy the machine is does not matter
