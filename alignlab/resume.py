@@ -6,6 +6,7 @@ copied one is refused, and what differs is named; ``resume_allow`` names what ma
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -83,7 +84,10 @@ def refusal(chosen: checkpoint.Checkpoint, mine: Mapping[str, Any], config: Root
     if not isinstance(theirs, dict) or "progress" not in chosen.meta:
         return f"{chosen.path}: was not written by a training run"
     defaults = flatten(RootConfig(objective=type(config.objective)()))
-    differing = {}
+    differing, known = {}, sorted({*theirs, *mine, *defaults})
+    if unknown := [name for name in config.resume_allow if name not in known]:
+        near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.5)
+        return f"resume_allow: no run has '{unknown[0]}'{f'; did you mean {near[0]}?' if near else ''}"
     for key in sorted({*theirs, *mine}):
         # A key that one of the two versions did not have yet was at its default there.
         pair = theirs.get(key, defaults.get(key)), mine.get(key, defaults.get(key))

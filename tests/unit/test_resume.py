@@ -103,6 +103,15 @@ def test_another_objective_and_other_rows_are_named() -> None:
     assert "index i, here j" in found
 
 
+def test_a_mistyped_permission_is_refused() -> None:
+    config = replace(config_of("objective.beta=0.3"), resume_allow=["objective.beat"])
+    found = refusal(written(config_of()), fields(config), config)
+    assert found is not None
+    assert found.startswith("resume_allow: ")
+    assert "objective.beta" in found
+    assert refusal(written(config_of()), fields(config_of()), config) == found  # even where nothing differs
+
+
 def test_speed_keys_may_change() -> None:
     words = ("engine=zero3", "launch.nproc=4", "train.token_budget=99", "train.save_steps=3", "model.layout=packed")
     assert refusal(written(config_of()), fields(config_of(*words)), config_of(*words)) is None
