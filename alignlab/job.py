@@ -19,6 +19,7 @@ from alignlab.data.bins import USUAL, Cost
 from alignlab.data.index import Index
 from alignlab.data.loader import Loader
 from alignlab.data.overlap import Overlap, compare
+from alignlab.data.pack import plain_form
 from alignlab.data.plan import StepPlans, sequential
 from alignlab.data.prepare import Needs, Prepared, prepare
 from alignlab.data.template import Encoder
@@ -165,7 +166,9 @@ def assemble(config: RootConfig, data: JobData) -> Job:
             counted = prepared.manifest
             check_token_ids(loaded.model, counted["largest_token"], counted["largest_at"], loaded.name)
     disable_dropout(loaded.model)
-    layout, line = choose_layout(loaded.model, config.model.layout, mixes_inputs=objective.mixes_inputs)
+    layout, line = choose_layout(
+        loaded.model, config.model.layout, mixes_inputs=objective.mixes_inputs, form=plain_form(device)
+    )
     takes_ragged = kernel.takes_ragged(loaded.model, layout, dtype, device)
     if config.model.use_liger_kernel:
         apply_liger(loaded.model, device)
@@ -174,7 +177,7 @@ def assemble(config: RootConfig, data: JobData) -> Job:
     engine = make_engine(
         config.engine.name, scorer, config.optim, config.engine, dtype, config.train.gradient_checkpointing
     )
-    ragged, attention_line = _ragged(engine, scorer, dtype, *takes_ragged)
+    form, attention_line = _attention_form(engine, scorer, dtype, *takes_ragged)
     line = "; ".join(filter(None, (line, attention_line)))
     if config.train.torch_compile:
         compile_layers(model, engine.device)
@@ -185,7 +188,7 @@ def assemble(config: RootConfig, data: JobData) -> Job:
         return Loader(
             index, layout, engine.device, torch.float64 if dtype == torch.float64 else torch.float32, engine.rank,
             mixes_inputs=objective.mixes_inputs, pad_id=pad or 0, merge_prompts=shared["merge_prompts"],
-            max_length=data.encoder.max_length, groups=not ragged,
+            max_length=data.encoder.max_length, form=form,
         )  # fmt: skip
 
     budget = config.train.token_budget or TOKEN_BUDGET[engine.device.type]
@@ -222,21 +225,21 @@ def cost_of(model: Any) -> Cost:
     return Cost(flops.matmul, sum(flops.attention.values()), flops.head)
 
 
-def _ragged(engine: Any, scorer: Scorer, dtype: torch.dtype, takes: bool, why: str) -> tuple[bool, str]:
-    """(whether this job's packed lines go to ragged kernels, without padded groups; what is said of it).
+def _attention_form(engine: Any, scorer: Scorer, dtype: torch.dtype, takes: bool, why: str) -> tuple[str, str]:
+    """(the form of this job's attention plans, one of ``data.pack.FORMS``; what is said of it).
 
     ``takes`` and ``why`` are :func:`kernel.takes_ragged`'s.  Collective: all ranks get the same answer.
     """
     if not why:
-        return False, ""
+        return plain_form(engine.device), ""
     if all(dist.all_gather_object(takes)):
         batch = kernel.comparison_batch(scorer.inner, scorer.layout, engine.device)
         engine.train(False)
         found = kernel.difference(engine.score, batch, scorer.head)
         if all(dist.all_gather_object(kernel.agrees(found, dtype))):
-            return True, f"attention by {why}"
+            return "ragged", f"attention by {why}"
         why = f"{why} and padded groups differ by {found:.1g}"
-    return False, f"attention in padded groups ({why})"
+    return "padded", f"attention in padded groups ({why})"
 
 
 def whole_set(index: Index, seed: int, shared: dict[str, Any]) -> StepPlans:

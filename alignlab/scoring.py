@@ -20,7 +20,7 @@ from alignlab.data import trie
 from alignlab.data.index import Index
 from alignlab.data.ledger import read_samples
 from alignlab.data.loader import Loader
-from alignlab.data.pack import batch_of, to_device
+from alignlab.data.pack import batch_of, plain_form, to_device
 from alignlab.data.plan import sequential
 from alignlab.data.prepare import Needs, Prepared, prepare
 from alignlab.engine.base import cast_parameters
@@ -80,7 +80,9 @@ class RewardModel:
         self.dtype = resolve_dtype(config.model.dtype, self.device)
         self.loaded = load_model(config.model, "scalar", self.dtype, config.seed)
         disable_dropout(self.loaded.model)
-        self.layout, self.layout_line = choose_layout(self.loaded.model, config.model.layout)
+        self.layout, self.layout_line = choose_layout(
+            self.loaded.model, config.model.layout, form=plain_form(self.device)
+        )
         self.scorer = Scorer(self.loaded.model, "scalar", self.layout)
         cast_parameters(self.scorer, self.dtype)
         self.scorer.to(self.device).eval()
@@ -92,6 +94,7 @@ class RewardModel:
         loader = Loader(
             index, self.layout, self.device, torch.float64 if self.dtype == torch.float64 else torch.float32, 0,
             pad_id=(self.tokenizer.pad_token_id if self.tokenizer is not None else None) or 0,
+            form=plain_form(self.device),
         )  # fmt: skip
         train = self.config.train
         plan = sequential(

@@ -146,12 +146,24 @@ class AttentionGroup(NamedTuple):
     key_depth: Tensor
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionNodes:
+    """A plan as the host walks it, one attention call a node.  No tuple, so that hooks which walk tuples pass by."""
+
+    sizes: tuple[int, ...]
+    """rows of the line that each node owns, in the line's order"""
+    paths: tuple[tuple[int, ...], ...]
+    """for each node the nodes that it sees: its ancestors, root first, and itself"""
+    masks: tuple[Tensor | None, ...]
+    """bool [q, k] of each node, causal from the bottom-right corner; None for a root, which is causal and square"""
+
+
 class AttentionPlan(NamedTuple):
     """Who may look at whom in one packed line of prompt trees: the ancestors' tokens and one's own.
 
     The ragged form is what variable-length kernels take: node i's queries are rows ``cu_q[i]:cu_q[i+1]`` of the
-    line, its keys are ``kv_index[cu_k[i]:cu_k[i+1]]``, causal from the bottom-right corner.  ``groups`` is the same
-    as padded calls for kernels that have no ragged form.
+    line, its keys are ``kv_index[cu_k[i]:cu_k[i+1]]``, causal from the bottom-right corner.  For kernels that have no
+    ragged form the same stands there once more: as padded calls in ``groups``, or call by call in ``nodes``.
     """
 
     cu_q: Tensor
@@ -160,8 +172,7 @@ class AttentionPlan(NamedTuple):
     max_q: int
     max_k: int
     groups: tuple[AttentionGroup, ...]
-    inverse: Tensor
-    """int64 [L]: row of the concatenated valid outputs of ``groups`` that belongs at each row of the line."""
+    nodes: AttentionNodes | None = None
 
 
 class PackedBatch(NamedTuple):

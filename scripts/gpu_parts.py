@@ -71,19 +71,19 @@ def parity(order: dict[str, Any]) -> dict[str, Any]:
         if dtype == torch.bfloat16:
             limits = tuple(BF16_FACTOR * apart + BF16_SLACK for apart in gaps(dense(dtype), expected))  # type: ignore[assignment]
         for layout in ("tree", "packed", "rows"):
-            forms = {"groups": True} if layout != "rows" else {"sdpa": True}
+            forms = {"groups": "padded"} if layout != "rows" else {"sdpa": "padded"}
             takes, why = kernel.takes_ragged(fresh(dtype), layout, dtype, device)
             if takes:
-                forms[why] = False
-            for form, groups in forms.items():
+                forms[why] = "ragged"
+            for name, form in forms.items():
                 model = fresh(dtype, "sdpa")
-                batch = to_device(batch_of(rows, layout, groups=groups), device)
+                batch = to_device(batch_of(rows, layout, form=form), device)
                 logps = Scorer(model, "lm", layout)(batch).logps
                 assert logps is not None
                 values, gradients = gaps(measured(model, logps[batch.seq_idx]), expected)
                 comparisons.append(
                     {
-                        "name": f"{word} {layout}, {form}", "values": values, "gradients": gradients,
+                        "name": f"{word} {layout}, {name}", "values": values, "gradients": gradients,
                         "allowed_values": limits[0], "allowed_gradients": limits[1],
                     }
                 )  # fmt: skip
@@ -179,14 +179,14 @@ def longest(order: dict[str, Any]) -> dict[str, Any]:
 
     settings = {"train.gradient_checkpointing": True}
     job, _ = bench_side.job_of(job_order(order | {"settings": settings}, "sft", 1), Path(order["rows"]), 1)
-    groups = "padded groups" in job.layout_line or order["device"] == "cpu"
+    form = job.loader.form
     rng = np.random.Generator(np.random.Philox(key=SEED))
     vocabulary = job.scorer.inner.config.vocab_size
 
     def train(length: int) -> None:
         tokens = rng.integers(0, vocabulary, length).astype(np.int32)
         rows = [EncodedSequence(tokens, np.arange(length) >= length // 2)]
-        batch = to_device(batch_of(rows, job.scorer.layout, groups=groups), job.engine.device)
+        batch = to_device(batch_of(rows, job.scorer.layout, form=form), job.engine.device)
         logps = job.engine.score(batch, bench_ask()).logps
         job.engine.backward(-logps.sum() / logps.numel(), last=True)
         job.engine.step(1e-6)

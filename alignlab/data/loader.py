@@ -25,15 +25,16 @@ class Loader:
     """Micro-batches of one index in one layout.
 
     ``values`` are numbers for every sequence of the index (reference log-probabilities), ``mismatched_values`` those
-    of rows with a partner's completion, keyed (own, partner).  ``groups=False``: attention takes ragged plans.
+    of rows with a partner's completion, keyed (own, partner).  ``form`` is that of the attention plans, one of
+    ``data.pack.FORMS``.
     """
 
     def __init__(
         self, index: Index, layout: str, device: torch.device, dtype: torch.dtype, rank: int, *,
         mixes_inputs: bool = False, pad_id: int = 0, merge_prompts: bool = False, max_length: int | None = None,
-        groups: bool = True,
+        form: str = "padded",
     ) -> None:  # fmt: skip
-        self.index, self.device, self.rank = index, device, rank
+        self.index, self.device, self.rank, self.form = index, device, rank, form
         self.current: PackedBatch | None = None
         """the micro-batch at hand: handed over last, None when the pass is over"""
         self.waited = 0.0
@@ -42,7 +43,7 @@ class Loader:
         self.mismatched_values: dict[str, Mapping[tuple[int, int], float]] = {}
         self._pack_bin = partial(
             pack, index, layout=layout, mixes_inputs=mixes_inputs, pad_id=pad_id, dtype=dtype,
-            merge_prompts=merge_prompts, max_length=max_length, groups=groups,
+            merge_prompts=merge_prompts, max_length=max_length, form=form,
         )  # fmt: skip
         self._one_at_a_time = threading.Lock()
         self._begun: list[tuple[Any, str, Prefetcher[Bin, PackedBatch]]] = []

@@ -21,11 +21,14 @@ from alignlab.data import trie
 from alignlab.data.bins import Bin, Item
 from alignlab.data.index import Index
 from alignlab.errors import ConfigError
-from alignlab.types import AttentionGroup, AttentionPlan, EncodedSequence, PackedBatch
+from alignlab.types import AttentionGroup, AttentionNodes, AttentionPlan, EncodedSequence, PackedBatch
 
 T = TypeVar("T")
 R = TypeVar("R")
 
+FORMS = ("padded", "nodes", "ragged")
+"""How a plan says who looks at whom, besides the ragged form that all have: padded calls (any device), one call a node
+(a CPU: no padding, no gathering of rows), nothing more."""
 GROUP_WASTE = 1.25
 """A padded attention call computes at most so many times the area its nodes need ..."""
 GROUP_SLACK = 4096
@@ -45,7 +48,7 @@ def pack(
     pad_id: int = 0,
     dtype: torch.dtype = torch.float32,
     merge_prompts: bool = False,
-    groups: bool = True,
+    form: str = "padded",
     max_length: int | None = None,
 ) -> PackedBatch:
     """One micro-batch on the CPU.
@@ -59,8 +62,8 @@ def pack(
     ``sequence_ids`` and the index's own values stay those of the prompt's sequence, ``sequence_values["partner"]``
     (float64) is the partner's number, there are no pairs, and ``values`` holds mappings keyed (own, partner).
 
-    ``merge_prompts`` puts items of equal prompts into one trie (layout ``tree``).  ``groups=False`` leaves out the
-    padded form of the attention plan, which kernels with a ragged form do not need.
+    ``merge_prompts`` puts items of equal prompts into one trie (layout ``tree``).  ``form`` is the attention plan's,
+    one of ``FORMS``.
 
     Raises ConfigError for an unknown layout, ValueError for an item without partners.
     """
@@ -93,7 +96,7 @@ def pack(
             sharing = _by_prompt(index, bin.items, owners)
         else:
             sharing = owners
-        shape = _line(trie.build(sequences, mixes_inputs, sharing), groups)
+        shape = _line(trie.build(sequences, mixes_inputs, sharing), form)
     else:
         raise ConfigError(f"model.layout: '{layout}' is none of tree, packed, rows")
 
@@ -116,14 +119,14 @@ def pack(
 
 
 def batch_of(
-    sequences: list[EncodedSequence], layout: str, *, mixes_inputs: bool = False, groups: bool = True
+    sequences: list[EncodedSequence], layout: str, *, mixes_inputs: bool = False, form: str = "padded"
 ) -> PackedBatch:
     """A micro-batch of bare sequences, without an index (what proofs and tests of a layout need)."""
     count = len(sequences)
     if layout == "rows":
         shape = _rows(sequences, 0)
     else:
-        shape = _line(trie.build(sequences, mixes_inputs, range(count) if layout == "packed" else None), groups)
+        shape = _line(trie.build(sequences, mixes_inputs, range(count) if layout == "packed" else None), form)
     return PackedBatch(
         **shape,
         pairs=torch.zeros((0, 2), dtype=torch.int64),
@@ -161,7 +164,7 @@ def _pairs(index: Index, items: Iterable[Item]) -> tuple[np.ndarray, np.ndarray]
     return np.concatenate(places), np.array(numbers, dtype=np.int64)
 
 
-def _line(tree: trie.Trie, groups: bool) -> dict[str, Any]:
+def _line(tree: trie.Trie, form: str) -> dict[str, Any]:
     """The fields of a batch whose sequences stand on one line."""
     number_of_row = np.cumsum(tree.target) - 1
     rows = np.flatnonzero(tree.target)
@@ -169,7 +172,7 @@ def _line(tree: trie.Trie, groups: bool) -> dict[str, Any]:
         "input_ids": torch.from_numpy(tree.tokens.astype(np.int64))[None],
         "position_ids": torch.from_numpy(tree.depth)[None],
         "attention_mask": None,
-        "plan": attention_plan(tree, groups),
+        "plan": attention_plan(tree, form),
         **_scored(tree.previous[rows], tree.tokens[rows], rows),
         **_entries(tree.seq_ptr, number_of_row[tree.seq_rows], tree.depth[tree.seq_rows]),
         "last": torch.from_numpy(tree.last),
@@ -220,28 +223,38 @@ def _entries(seq_ptr: np.ndarray, seq_idx: np.ndarray, depth: np.ndarray) -> dic
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def attention_plan(tree: trie.Trie, groups: bool = True) -> AttentionPlan:
-    """The attention plan of a line of tries: nodes are its ragged rows, in the line's order."""
+def attention_plan(tree: trie.Trie, form: str = "padded") -> AttentionPlan:
+    """The attention plan of a line of tries in one of ``FORMS``: nodes are its ragged rows, in the line's order."""
+    if form not in FORMS:
+        raise ValueError(f"form is one of {', '.join(FORMS)}, not '{form}'")
     key_ptr, key_rows = tree.keys()
     queries, keys = np.diff(tree.node_ptr), np.diff(key_ptr)
-    made, order = _groups(tree, key_ptr, key_rows) if groups else ((), np.arange(len(queries)))
-    inverse = np.empty(len(tree.tokens), dtype=np.int64)
-    inverse[trie.ranges(tree.node_ptr[order], tree.node_ptr[order + 1])] = np.arange(len(inverse))
     return AttentionPlan(
         cu_q=torch.from_numpy(tree.node_ptr.astype(np.int32)),
         cu_k=torch.from_numpy(key_ptr.astype(np.int32)),
         kv_index=torch.from_numpy(key_rows),
         max_q=int(queries.max(initial=0)),
         max_k=int(keys.max(initial=0)),
-        groups=made,
-        inverse=torch.from_numpy(inverse),
+        groups=_groups(tree, key_ptr, key_rows) if form == "padded" else (),
+        nodes=_nodes(tree, queries, keys) if form == "nodes" else None,
     )
 
 
-def _groups(
-    tree: trie.Trie, key_ptr: np.ndarray, key_rows: np.ndarray
-) -> tuple[tuple[AttentionGroup, ...], np.ndarray]:
-    """(padded calls, all nodes in the order in which the calls' valid outputs come)."""
+def plain_form(device: torch.device) -> str:
+    """Of ``FORMS`` the one for torch's own kernel: on a CPU a call costs less than padding, on a GPU much more."""
+    return "nodes" if device.type == "cpu" else "padded"
+
+
+def _nodes(tree: trie.Trie, queries: np.ndarray, keys: np.ndarray) -> AttentionNodes:
+    masks = [
+        None if parent < 0 else torch.ones(q, k, dtype=torch.bool).tril_(k - q)
+        for q, k, parent in zip(queries.tolist(), keys.tolist(), tree.parent.tolist(), strict=True)
+    ]
+    return AttentionNodes(tuple(queries.tolist()), tuple(map(tuple, tree.chains())), tuple(masks))
+
+
+def _groups(tree: trie.Trie, key_ptr: np.ndarray, key_rows: np.ndarray) -> tuple[AttentionGroup, ...]:
+    """Padded calls, each node in one of them."""
     queries, keys = np.diff(tree.node_ptr), np.diff(key_ptr)
     members: list[list[int]] = []
     sizes: list[tuple[int, int, int]] = []  # most queries, most keys, area needed
@@ -256,8 +269,7 @@ def _groups(
         else:
             members.append([node])
             sizes.append((q, k, q * k))
-    made = tuple(_group(tree, np.array(nodes), key_ptr, key_rows) for nodes in members)
-    return made, np.array([node for nodes in members for node in nodes], dtype=np.int64)
+    return tuple(_group(tree, np.array(nodes), key_ptr, key_rows) for nodes in members)
 
 
 def _group(tree: trie.Trie, nodes: np.ndarray, key_ptr: np.ndarray, key_rows: np.ndarray) -> AttentionGroup:

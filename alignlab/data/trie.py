@@ -53,12 +53,16 @@ class Trie:
 
     def keys(self) -> tuple[np.ndarray, np.ndarray]:
         """(ptr int64 [K + 1], rows int64): what each node's queries may see, its ancestors' rows and then its own."""
+        nodes = np.array([node for chain in self.chains() for node in chain], dtype=np.int64)
+        counts = self.depth[self.node_ptr[1:] - 1] + 1
+        return _pointers(counts), ranges(self.node_ptr[nodes], self.node_ptr[nodes + 1])
+
+    def chains(self) -> list[list[int]]:
+        """For each node its ancestors, root first, and itself."""
         chains: list[list[int]] = []
         for node, parent in enumerate(self.parent.tolist()):
             chains.append([node] if parent < 0 else [*chains[parent], node])
-        nodes = np.array([node for chain in chains for node in chain], dtype=np.int64)
-        counts = self.depth[self.node_ptr[1:] - 1] + 1
-        return _pointers(counts), ranges(self.node_ptr[nodes], self.node_ptr[nodes + 1])
+        return chains
 
 
 def ranges(starts: np.ndarray, stops: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ import torch
 
 from alignlab import compose, dist, launch, plugins
 from alignlab.config import RootConfig
+from alignlab.data.pack import plain_form
 from alignlab.equivalence.cells import EXACT, ROUNDING, Cell, Run, Tolerance, chosen, matrix
 from alignlab.equivalence.compare import Trace, allowed, differences
 from alignlab.equivalence.cut import first_layers
@@ -94,7 +95,9 @@ class Matrix:
             self.config = config = replace(config, model=cut)
         self.rows = Rows.of(config, rows, steps)
         model = load_model(config.model, head, resolve_dtype(self.engine_dtype, dist.device()), config.seed).model
-        self.layout = choose_layout(model, config.model.layout, mixes_inputs=self.objective.mixes_inputs)[0]
+        self.layout, _ = choose_layout(
+            model, config.model.layout, mixes_inputs=self.objective.mixes_inputs, form=plain_form(dist.device())
+        )
         self.cells = chosen(matrix(self.dtype, self.engine_dtype, self.layout), cells, self._used)
         self._exported = {cell.base for cell in self.cells if cell.variant is None}
 

@@ -23,8 +23,11 @@ from alignlab.models.scorer import Scorer, backbone, padded_attention, select_at
 from alignlab.types import Ask, EncodedSequence, Mix, PackedBatch
 
 LAYOUTS = ("tree", "packed", "rows")
-TOLERANCE = 1e-6
-"""On the copy: largest difference of a log-probability, and of the gradient relative to its norm."""
+TOLERANCE = 1e-5
+"""On the copy: largest difference of a log-probability, and of the gradient relative to its norm.
+
+Most families compute norms in float32 whatever the dtype; at Gemma's widths that moves log-probabilities by 5e-6.
+"""
 REAL_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 """On the real model, in its dtype: it finds what is wrong, and lets rounding of logits pass."""
 WINDOW = 6
@@ -50,8 +53,8 @@ class Copy(NamedTuple):
     gradient: Tensor
 
 
-def choose_layout(model: Any, wanted: str, *, mixes_inputs: bool = False) -> tuple[str, str]:
-    """(layout to use, one line that says why).
+def choose_layout(model: Any, wanted: str, *, mixes_inputs: bool = False, form: str = "padded") -> tuple[str, str]:
+    """(layout to use, one line that says why); ``form`` is that of the attention plans which it will get.
 
     ``auto`` takes the first exact one of tree, packed, rows; a mixture of experts gets rows, since packed layouts are
     not measured for it.  Raises ConfigError (exit 2) when a layout was asked for by name and is not exact, or when not
@@ -64,7 +67,7 @@ def choose_layout(model: Any, wanted: str, *, mixes_inputs: bool = False) -> tup
     notes = ["packed layouts are not measured for mixtures of experts"] if experts else []
     small = _copy_or_reason(model, mixes_inputs)
     for layout in (wanted,) if wanted != "auto" else ("rows",) if experts else LAYOUTS:
-        verdict = _prove(model, small, layout, mixes_inputs)
+        verdict = _prove(model, small, layout, mixes_inputs, form)
         if verdict.exact:
             return layout, f"layout {layout}: proved exact for {kind}" + (f" ({'; '.join(notes)})" if notes else "")
         if wanted != "auto":
@@ -73,21 +76,21 @@ def choose_layout(model: Any, wanted: str, *, mixes_inputs: bool = False) -> tup
     raise ConfigError(f"no layout agrees with {kind}'s own forward: {'; '.join(notes)}")
 
 
-def prove(model: Any, layout: str, *, mixes_inputs: bool = False) -> Verdict:
+def prove(model: Any, layout: str, *, mixes_inputs: bool = False, form: str = "padded") -> Verdict:
     """Try one layout on a small copy of ``model`` and on ``model`` itself (which is left as it was)."""
-    return _prove(model, _copy_or_reason(model, mixes_inputs), layout, mixes_inputs)
+    return _prove(model, _copy_or_reason(model, mixes_inputs), layout, mixes_inputs, form)
 
 
-def _prove(model: Any, small: Copy | str, layout: str, mixes_inputs: bool) -> Verdict:
+def _prove(model: Any, small: Copy | str, layout: str, mixes_inputs: bool, form: str) -> Verdict:
     if layout != "rows" and not model._can_set_attn_implementation():
         return Verdict(False, "its attention does not go through transformers' attention interface")
     if isinstance(small, Copy):
-        verdict = _guarded(lambda: _on_copy(small, padded_attention(model), layout, mixes_inputs))
+        verdict = _guarded(lambda: _on_copy(small, padded_attention(model), layout, mixes_inputs, form))
         if not verdict.exact:
             return verdict
     elif layout != "rows":
         return Verdict(False, small)
-    return _guarded(lambda: _on_model(model, layout))
+    return _guarded(lambda: _on_model(model, layout, form))
 
 
 def _guarded(check: Callable[[], Verdict]) -> Verdict:
@@ -105,10 +108,10 @@ def _guarded(check: Callable[[], Verdict]) -> Verdict:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def _on_copy(small: Copy, attention: str, layout: str, mixes_inputs: bool) -> Verdict:
+def _on_copy(small: Copy, attention: str, layout: str, mixes_inputs: bool, form: str) -> Verdict:
     if small.model._can_set_attn_implementation():
         select_attention(small.model, attention)
-    batch = batch_of(sequences(), layout, mixes_inputs=mixes_inputs)
+    batch = batch_of(sequences(), layout, mixes_inputs=mixes_inputs, form=form)
     mix = Mix(_residual(batch.targets), LAMBDA) if mixes_inputs else None
     logps = _in_path_order(Scorer(small.model, "lm", layout)(batch, Ask("logps", mix)).logps, batch)
     gap = (logps.detach() - small.logps).abs().max().item()
@@ -132,17 +135,17 @@ def _copy_or_reason(model: Any, mixes_inputs: bool) -> Copy | str:
     return reason
 
 
-def small_copy(model: Any, narrow: bool = True) -> Any:
+def small_copy(model: Any, narrow: bool = True, vocabulary: int = VOCABULARY) -> Any:
     """The architecture of ``model`` as a causal model in float64, with one layer of each type and random weights.
 
     Sizes that only scale shrink (words, inner width and, if ``narrow``, the number of heads); how a layer computes
-    does not.
+    does not.  Of ``model`` only the configuration is read: its weights may be on the meta device.
     """
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(model.config)
     text = config.get_text_config()
-    text.vocab_size = VOCABULARY
+    text.vocab_size = vocabulary
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(text, name, None)
     _keep_layers(text)
@@ -253,7 +256,7 @@ def _gradient(model: Any, logps: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _on_model(model: Any, layout: str) -> Verdict:
+def _on_model(model: Any, layout: str, form: str) -> Verdict:
     """A few tokens through the real weights, against the model's own logits (or its own reward)."""
     head = "scalar" if model.get_output_embeddings() is None else "lm"
     attention, training = model.config._attn_implementation, model.training
@@ -265,7 +268,7 @@ def _on_model(model: Any, layout: str) -> Verdict:
             expected = torch.cat([naive_logps(model, sequence) for sequence in rows])
         else:
             expected = torch.cat([_naive_reward(model, sequence) for sequence in rows])
-        batch = batch_of(rows, layout)
+        batch = batch_of(rows, layout, form=form)
         scores = Scorer(model, head, layout)(batch, Ask("logps" if head == "lm" else "reward"))
         found = scores.rewards if head == "scalar" else _in_path_order(scores.logps, batch)
     finally:

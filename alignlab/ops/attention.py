@@ -8,7 +8,8 @@ Exact for softmax attention with any scale, grouped heads, soft-capped scores, a
 (counted on the path).  An argument that is not known here is refused, because ignoring it would change numbers.
 
 The plan says how it is computed: with padded ``groups`` by one masked call of torch's kernel for each (any device, any
-dtype), without them by a ragged kernel (``ops.ragged``: CUDA, bfloat16 or float16).
+dtype), with ``nodes`` by one call for each of them (a CPU, where a call costs little), with neither by a ragged kernel
+(``ops.ragged``: CUDA, bfloat16 or float16).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from transformers.masking_utils import sdpa_mask
 from alignlab.errors import ConfigError
 from alignlab.ops import ragged
 from alignlab.ops.ragged_kernels import Call, call_of
-from alignlab.types import AttentionGroup, AttentionPlan
+from alignlab.types import AttentionGroup, AttentionNodes, AttentionPlan
 
 NAME = "alignlab_tree"
 
@@ -80,6 +81,8 @@ def tree_attention(
         tree_calls.add(call_of(query, key, value, scaling, sliding_window, softcap, s_aux))
     if tree_plan.groups:
         return _grouped_attention(query, key, value, tree_plan, scaling, sliding_window, softcap, s_aux), None
+    if tree_plan.nodes is not None:
+        return _node_attention(query, key, value, tree_plan.nodes, scaling, sliding_window, softcap, s_aux), None
     call = call_of(query, key, value, scaling, sliding_window, softcap, s_aux)
     kernel, reason = ragged.kernel_for(call, query.dtype, query.device)
     if kernel is None:
@@ -115,6 +118,37 @@ def _grouped_attention(
     return line.index_copy(0, torch.cat(places), torch.cat(outputs))[None, :-1]
 
 
+def _node_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    nodes: AttentionNodes,
+    scaling: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """[1, L, H, v]: one call for each node, whose queries and own keys are slices of the line.  Heads first in."""
+    queries, keys, values = (tensor[None].split(nodes.sizes, dim=2) for tensor in (query, key, value))
+    outputs = []
+    for own, path, mask in zip(queries, nodes.paths, nodes.masks, strict=True):
+        seen, read = (
+            torch.cat([parts[node] for node in path], dim=2) if len(path) > 1 else parts[path[0]]
+            for parts in (keys, values)
+        )
+        size, length = own.shape[2], seen.shape[2]
+        if sliding_window is not None and sliding_window < length:
+            mask = _causal(size, length) if mask is None else mask
+            mask = mask & ~torch.ones_like(mask).tril_(length - size - sliding_window)
+        outputs.append(_attend(own, seen, read, mask, scaling, softcap, s_aux))
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _causal(queries: int, keys: int) -> Tensor:
+    """bool [queries, keys]: the last query sees all keys, the one before it all but the last, ..."""
+    return torch.ones(queries, keys, dtype=torch.bool).tril_(keys - queries)
+
+
 def _rows(line: Tensor, index: Tensor) -> Tensor:
     """[b, heads, n, d]: rows ``index`` [b, n] of ``line`` [L, heads, d]."""
     return line.index_select(0, index.flatten()).view(*index.shape, *line.shape[1:]).transpose(1, 2)
@@ -129,17 +163,19 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
     scaling: float | None,
     softcap: float | None,
     s_aux: Tensor | None,
 ) -> Tensor:
-    """[b, H, q, v]: softmax attention under ``mask`` (bool, or added to the scores)."""
+    """[b, H, q, v]: softmax attention under ``mask`` (bool, or added to the scores; None: causal, as many keys)."""
     shared = query.shape[1] // key.shape[1]
     if shared > 1:
         key, value = (tensor.repeat_interleave(shared, dim=1) for tensor in (key, value))
     if softcap is None and s_aux is None:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling)
+    if mask is None:
+        mask = _causal(query.shape[2], key.shape[2])
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if softcap is not None:

@@ -26,6 +26,8 @@ TOLERANCE = 0.02
 that is one key too wide 0.4."""
 WINDOW, CAP = 7, 5.0
 """Of the proof's own calls."""
+SIZES, PARENTS = (5, 3, 1, 130, 40, 70), (-1, 0, 1, -1, 3, 3)
+"""Of the nodes on the proof's line."""
 
 
 @lru_cache(maxsize=64)
@@ -120,21 +122,19 @@ def naive_ragged_attention(
 
 def sample_plan(device: torch.device | str = "cpu") -> AttentionPlan:
     """Two trees: nodes with few and many ancestors' keys, shorter and longer than a kernel's tiles of 64 and 128."""
-    sizes, parents = (5, 3, 1, 130, 40, 70), (-1, 0, 1, -1, 3, 3)
-    starts = [sum(sizes[:node]) for node in range(len(sizes) + 1)]
+    starts = [sum(SIZES[:node]) for node in range(len(SIZES) + 1)]
     chains: list[list[int]] = []
-    for node, parent in enumerate(parents):
+    for node, parent in enumerate(PARENTS):
         own = list(range(starts[node], starts[node + 1]))
         chains.append(own if parent < 0 else [*chains[parent], *own])
-    ends = [sum(map(len, chains[:node])) for node in range(len(sizes) + 1)]
+    ends = [sum(map(len, chains[:node])) for node in range(len(SIZES) + 1)]
     return AttentionPlan(
         cu_q=torch.tensor(starts, dtype=torch.int32, device=device),
         cu_k=torch.tensor(ends, dtype=torch.int32, device=device),
         kv_index=torch.tensor([row for chain in chains for row in chain], device=device),
-        max_q=max(sizes),
+        max_q=max(SIZES),
         max_k=max(map(len, chains)),
         groups=(),
-        inverse=torch.arange(starts[-1], device=device),
     )
 
 
@@ -145,7 +145,7 @@ def disproof(kernel: Kernel, call: Call, dtype: torch.dtype, device: torch.devic
     """
     plan = sample_plan(device)
     generator = torch.Generator().manual_seed(0)
-    length, heads = len(plan.inverse), 2 * call.shared
+    length, heads = sum(SIZES), 2 * call.shared
     shapes = ((length, heads, call.head_dim), *((length, 2, call.head_dim),) * 2, (length, heads, call.head_dim))
     made = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
     options: dict[str, Any] = {

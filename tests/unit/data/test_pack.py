@@ -61,14 +61,14 @@ def naive(plan: AttentionPlan, paths: list[torch.Tensor], length: int) -> torch.
 
 
 def from_groups(plan: AttentionPlan, length: int) -> torch.Tensor:
-    """The padded form written out: what is seen through ``mask``, brought home by ``valid`` and ``inverse``."""
-    rows = []
+    """The padded form written out: what is seen through ``mask``, brought home by ``queries``, once each."""
+    line = torch.zeros(length, length, dtype=torch.int64)
     for group in plan.groups:
         seen = torch.zeros(*group.queries.shape, length, dtype=torch.int64)
         index = group.keys[:, None, :].expand(*group.queries.shape, -1)
         seen.scatter_add_(2, index, group.mask[:, 0].long())
-        rows.append(seen[group.valid])
-    return torch.cat(rows)[plan.inverse]
+        line.index_add_(0, group.queries[group.valid], seen[group.valid])
+    return line
 
 
 def paths_of(batch: PackedBatch) -> list[torch.Tensor]:
@@ -177,12 +177,11 @@ def test_tiny_rows_share_calls_and_padding_is_harmless(make_index: Callable[...,
 def test_groups_can_be_left_out(make_index: Callable[..., Index]) -> None:
     index = make_index(3)
     bin = sequential(index, unit=Unit.SEQUENCE, token_budget=10**6).bins[0]
-    plan, ragged = pack(index, bin, "tree").plan, pack(index, bin, "tree", groups=False).plan
+    plan, ragged = pack(index, bin, "tree").plan, pack(index, bin, "tree", form="ragged").plan
     assert plan is not None
     assert ragged is not None
     assert ragged.groups == ()
     assert torch.equal(plan.kv_index, ragged.kv_index)
-    assert ragged.inverse.tolist() == list(range(len(ragged.inverse)))
 
 
 def test_equal_prompts_merge_across_items(tmp_path: Path) -> None:
@@ -269,7 +268,7 @@ def test_to_device_moves_every_tensor(make_index: Callable[..., Index]) -> None:
     assert to_device(batch, "cpu") is batch
     moved = to_device(batch, "meta")
     assert moved.plan is not None
-    everything = [moved.input_ids, moved.last, *moved.sequence_values.values(), moved.plan.inverse]
+    everything = [moved.input_ids, moved.last, *moved.sequence_values.values(), moved.plan.kv_index]
     everything += [tensor for group in moved.plan.groups for tensor in group]
     assert {tensor.device.type for tensor in everything} == {"meta"}
     assert moved.plan.max_q == batch.plan.max_q  # type: ignore[union-attr]

@@ -30,7 +30,7 @@ def computed(bins: list[Bin]) -> list[int]:
 
 
 def tokens_of(index: Index, one: Bin, layout: str, *, merge: bool = False, mixes: bool = False) -> int:
-    return pack(index, one, layout, merge_prompts=merge, mixes_inputs=mixes, groups=False).input_ids.numel()
+    return pack(index, one, layout, merge_prompts=merge, mixes_inputs=mixes, form="ragged").input_ids.numel()
 
 
 def test_permutation_is_pinned() -> None:

@@ -81,6 +81,11 @@ def test_families_that_take_the_tree(name):
     assert (layout, line) == ("tree", f"layout tree: proved exact for {name}")
 
 
+@pytest.mark.parametrize("name", TREE)
+def test_families_that_take_the_tree_node_by_node(name):
+    assert prove(make(name), "tree", form="nodes").exact
+
+
 @pytest.mark.parametrize("name", [*TREE, *EXPERTS])
 @pytest.mark.parametrize("layout", ["packed", "rows"])
 def test_the_other_layouts_are_exact_for_them(name, layout):

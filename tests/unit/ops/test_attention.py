@@ -35,11 +35,13 @@ def run(plan: AttentionPlan | None, query: Tensor, key: Tensor, value: Tensor, *
     return tree_attention(nn.Module(), query, key, value, options.pop("mask", None), tree_plan=plan, **options)[0]
 
 
-@pytest.mark.parametrize("window", [None, 3, 100])
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
 @pytest.mark.parametrize("shared", [1, 2, 4])
-def test_equals_one_dense_mask(window: int | None, shared: int) -> None:
+@pytest.mark.parametrize("form", ["padded", "nodes"])
+def test_equals_one_dense_mask(window: int | None, shared: int, form: str) -> None:
     line = tree(0)
-    plan, length = attention_plan(line), len(line.tokens)
+    plan, length = attention_plan(line, form), len(line.tokens)
+    assert bool(plan.groups) == (form == "padded")
     inputs = tensors(length, shared=shared)
     found = run(plan, *inputs, scaling=0.3, sliding_window=window)
     expected = naive_tree_attention(
@@ -55,22 +57,24 @@ def test_equals_one_dense_mask(window: int | None, shared: int) -> None:
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
-def test_a_window_counts_positions_on_the_path() -> None:
+@pytest.mark.parametrize("form", ["padded", "nodes"])
+def test_a_window_counts_positions_on_the_path(form: str) -> None:
     # Tokens 0 1 2 | 3 4 (child) | 5 6 (its sibling): on the line 6 is 4 rows after 2, on its path 2 positions.
     paths = [np.array(p, dtype=np.int32) for p in ([0, 1, 2, 3, 4], [0, 1, 2, 5, 6])]
     line = trie.build([EncodedSequence(p, np.zeros(5, bool)) for p in paths], False)
     assert line.tokens.tolist() == [0, 1, 2, 3, 4, 5, 6]
     query = torch.zeros(1, 1, 7, 7, dtype=torch.float64)  # equal scores: the output is the mean of what is visible
     value = torch.eye(7, dtype=torch.float64)[None, None]
-    found = run(attention_plan(line), query, query, value, sliding_window=3)[0, :, 0]
+    found = run(attention_plan(line, form), query, query, value, sliding_window=3)[0, :, 0]
     assert found[6].nonzero()[:, 0].tolist() == [2, 5, 6]
     assert found[4].nonzero()[:, 0].tolist() == [2, 3, 4]
     assert found[1].nonzero()[:, 0].tolist() == [0, 1]
 
 
-def test_cap_and_sinks_by_hand() -> None:
+@pytest.mark.parametrize("form", ["padded", "nodes"])
+def test_cap_and_sinks_by_hand(form: str) -> None:
     line = tree(1)
-    plan, length = attention_plan(line), len(line.tokens)
+    plan, length = attention_plan(line, form), len(line.tokens)
     query, key, value = tensors(length, shared=1)
     sinks = torch.linspace(-1, 1, 4, dtype=torch.float64).requires_grad_()
     found = run(plan, query, key, value, scaling=2.0, softcap=1.5, s_aux=sinks)
@@ -95,9 +99,10 @@ def test_scale_defaults_to_the_head_size() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-def test_low_precision(dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize("form", ["padded", "nodes"])
+def test_low_precision(dtype: torch.dtype, tolerance: float, form: str) -> None:
     line = tree(3)
-    plan = attention_plan(line)
+    plan = attention_plan(line, form)
     exact, rounded = tensors(len(line.tokens)), tensors(len(line.tokens), dtype=dtype)
     for options in ({}, {"softcap": 2.0}):
         found = run(plan, *rounded, **options)
@@ -133,7 +138,25 @@ def test_refuses_to_guess_without_a_plan() -> None:
         with pytest.raises(ConfigError, match="no attention plan"):
             run(None, *tensors(len(line.tokens)), mask=mask)
     with pytest.raises(ConfigError, match="no padded groups"):
-        run(attention_plan(line, groups=False), *tensors(len(line.tokens)))
+        run(attention_plan(line, form="ragged"), *tensors(len(line.tokens)))
+
+
+def test_the_nodes_of_a_plan_by_hand() -> None:
+    # [0 1] with children [2] and [3 4]: the second child sees rows 0 1 3 4, its first query all but the last.
+    paths = [np.array(p, dtype=np.int32) for p in ([0, 1, 2], [0, 1, 3, 4])]
+    nodes = attention_plan(
+        trie.build([EncodedSequence(p, np.zeros(len(p), bool)) for p in paths], False), "nodes"
+    ).nodes
+    assert nodes is not None
+    assert (nodes.sizes, nodes.paths) == ((2, 1, 2), ((0,), (0, 1), (0, 2)))
+    assert nodes.masks[0] is None
+    assert nodes.masks[1].tolist() == [[True, True, True]]
+    assert nodes.masks[2].tolist() == [[True, True, True, False], [True, True, True, True]]
+
+
+def test_refuses_an_unknown_form() -> None:
+    with pytest.raises(ValueError, match="padded, nodes, ragged"):
+        attention_plan(tree(0), "groups")
 
 
 def test_harmless_arguments_pass() -> None:

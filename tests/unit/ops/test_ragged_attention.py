@@ -80,7 +80,7 @@ def test_the_twin_equals_the_padded_groups(seed: int, options: dict[str, Any]) -
 def test_keys_are_gathered_in_path_order(seed: int) -> None:
     """So a window on the path is a window on the gathered keys: key k of a node stands at depth k."""
     line = random_tree(seed)
-    plan = attention_plan(line, groups=False)
+    plan = attention_plan(line, form="ragged")
     for node in range(len(plan.cu_q) - 1):
         keys = plan.kv_index[plan.cu_k[node] : plan.cu_k[node + 1]]
         assert line.depth[keys.numpy()].tolist() == list(range(len(keys)))
@@ -120,7 +120,7 @@ def imitated(
     assert len(query) == int(cu_q[-1])
     assert query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
     assert causal or window[1] == 0, "attention to later keys"
-    plan = AttentionPlan(cu_q, cu_k, torch.arange(len(key)), max_q, max_k, (), torch.arange(len(query)))
+    plan = AttentionPlan(cu_q, cu_k, torch.arange(len(key)), max_q, max_k, ())
     left = window[0]  # flash attention: so many keys before the query's own
     width = None if left < 0 else left + 1
     return naive_ragged_attention(query, key, value, plan, scaling=scale, window=width, softcap=softcap)
@@ -193,7 +193,7 @@ NOT_SERVED = {("torch 2.10", "scale"), ("torch 2.10", "window"), ("torch 2.10", 
 def test_every_signature_gets_the_right_arguments(name: str, case: str, shared: int) -> None:
     kernel, options = KERNELS[name], CASES[case]
     line = random_tree(3)
-    plan, inputs = attention_plan(line, groups=False), tensors(len(line.tokens), shared)
+    plan, inputs = attention_plan(line, form="ragged"), tensors(len(line.tokens), shared)
     call = call_of(*by_row(inputs), options.get("scaling"), options.get("window"), options.get("softcap"), None)
     assert bool(kernel.lacks(call)) == ((name, case) in NOT_SERVED)
     if (name, case) not in NOT_SERVED:
@@ -218,7 +218,8 @@ def test_the_installed_torch_takes_the_arguments(options: dict[str, Any]) -> Non
     from torch.nn.attention.varlen import varlen_attn
 
     plan = ragged.sample_plan("meta")
-    shapes = ((len(plan.inverse), 8, 64), *((len(plan.inverse), 2, 64),) * 2)
+    length = sum(ragged.SIZES)
+    shapes = ((length, 8, 64), *((length, 2, 64),) * 2)
     query, key, value = (torch.empty(s, dtype=torch.bfloat16, device="meta", requires_grad=True) for s in shapes)
     found = ragged_attention(query, key, value, plan, adapt(varlen_attn), **options)
     assert found.shape == query.shape
@@ -229,7 +230,7 @@ def test_the_installed_torch_takes_the_arguments(options: dict[str, Any]) -> Non
 def test_nothing_is_gathered_where_nothing_is_shared() -> None:
     """Packed rows share no key: the kernel gets the line itself."""
     rows = [EncodedSequence(np.arange(n, dtype=np.int32), np.zeros(n, bool)) for n in (4, 2, 5)]
-    plan = attention_plan(trie.build(rows, False, range(3)), groups=False)
+    plan = attention_plan(trie.build(rows, False, range(3)), form="ragged")
     assert torch.equal(plan.kv_index, torch.arange(11))
     seen: list[Tensor] = []
 
@@ -332,7 +333,7 @@ def test_no_kernel_and_no_groups_is_said(gpu: Callable[..., None]) -> None:
     line = random_tree(0)
     inputs = tensors(len(line.tokens))
     with pytest.raises(ConfigError, match="no padded groups, and there is no ragged kernel: no kernel for a cpu"):
-        tree_attention(nn.Module(), *inputs, None, tree_plan=attention_plan(line, groups=False))
+        tree_attention(nn.Module(), *inputs, None, tree_plan=attention_plan(line, form="ragged"))
 
 
 def test_the_attention_function_takes_a_plan_without_groups(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,7 +342,7 @@ def test_the_attention_function_takes_a_plan_without_groups(monkeypatch: pytest.
     options = {"scaling": 0.3, "sliding_window": 4}
     grouped = tree_attention(nn.Module(), *inputs, None, tree_plan=attention_plan(line), **options)[0]
     monkeypatch.setattr(ragged, "kernel_for", lambda call, dtype, device: (KERNELS["torch 2.13"], ""))
-    found = tree_attention(nn.Module(), *inputs, None, tree_plan=attention_plan(line, groups=False), **options)[0]
+    found = tree_attention(nn.Module(), *inputs, None, tree_plan=attention_plan(line, form="ragged"), **options)[0]
     assert found.shape == grouped.shape
     assert_equal(found, grouped, inputs)
 
@@ -381,9 +382,7 @@ def top_left(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tens
         rows = slice(int(cu_q[node]), int(cu_q[node + 1]))
         keys = slice(int(cu_k[node]), int(cu_k[node]) + rows.stop - rows.start)
         size = rows.stop - rows.start
-        plan = AttentionPlan(
-            torch.tensor([0, size]), torch.tensor([0, size]), torch.arange(size), size, size, (), torch.arange(size)
-        )
+        plan = AttentionPlan(torch.tensor([0, size]), torch.tensor([0, size]), torch.arange(size), size, size, ())
         outputs.append(naive_ragged_attention(query[rows], key[keys], value[keys], plan))
     return torch.cat(outputs)
 

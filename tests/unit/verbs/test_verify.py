@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,13 +181,14 @@ def _pack_with(patch: pytest.MonkeyPatch, change: Callable[..., Any]) -> None:
 
 
 def tree_mask(patch: pytest.MonkeyPatch) -> None:
-    """Every query sees all the keys of its group, those of later tokens too."""
+    """Every query sees all the keys of its node, those of later tokens too."""
 
     def change(batch: Any, options: dict[str, Any]) -> Any:
         if options["layout"] != "tree":
             return batch
-        groups = tuple(group._replace(mask=torch.ones_like(group.mask)) for group in batch.plan.groups)
-        return batch._replace(plan=batch.plan._replace(groups=groups))
+        nodes, keys = batch.plan.nodes, batch.plan.cu_k.diff().tolist()
+        masks = tuple(torch.ones(q, k, dtype=torch.bool) for q, k in zip(nodes.sizes, keys, strict=True))
+        return batch._replace(plan=batch.plan._replace(nodes=replace(nodes, masks=masks)))
 
     _pack_with(patch, change)
 
