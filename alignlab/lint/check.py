@@ -20,9 +20,11 @@ from alignlab.data.prepare import Needs, rows_of, sample_of, sources_of
 from alignlab.data.rows import Row, RowError
 from alignlab.data.template import Dropped, Encoder, Overlong
 from alignlab.errors import ConfigError, DataError
+from alignlab.lint import languages
 from alignlab.lint.content import gist, length_of, repeated, said, texts_of
 from alignlab.lint.findings import KINDS, Findings, Place
 from alignlab.lint.grams import Benchmark
+from alignlab.lint.languages import Languages
 from alignlab.lint.length import LengthBias
 from alignlab.lint.near import Signatures, available
 from alignlab.lint.text import oddities, scripts
@@ -32,6 +34,7 @@ from alignlab.types import Sample, Unit
 READ_AHEAD = 32
 """Rows whose templates are rendered in one exchange with the process that renders."""
 ADVICE_EXTRA = "near duplicates: `pip install alignlab[lint]`"
+ADVICE_LANGUAGES = "languages of one script: `pip install alignlab[languages]`"
 
 
 @dataclass
@@ -66,6 +69,8 @@ class Report:
     """letters by script"""
     main_script: Counter[str] = field(default_factory=Counter)
     """rows by the script most of their letters are of"""
+    languages: Counter[str] = field(default_factory=Counter)
+    """rows by language, where the library that tells them is installed"""
     benchmark_questions: int = 0
     benchmark_short: int = 0
     """questions too short to be looked for"""
@@ -106,6 +111,9 @@ class _Lint:
         self.signatures = Signatures() if config.similarity and available() else None
         if config.similarity and self.signatures is None:
             self.report.not_checked.append(ADVICE_EXTRA)
+        self.languages = Languages() if languages.available() else None
+        if self.languages is None:
+            self.report.not_checked.append(ADVICE_LANGUAGES)
         if not config.benchmark:
             self.report.not_checked.append("overlap with a benchmark: lint.benchmark=FILE")
         if encoder is None:
@@ -117,6 +125,8 @@ class _Lint:
                 self._templates([(sample, place) for _, sample, place in batch], source)
                 for row, sample, place in batch:
                     self._row(row, sample, place, source)
+        if not self.report.rows:
+            raise DataError(f"{', '.join(s.path for s in sources_of(self.data, held_out=False))}: holds no row")
         train = self.recorder.made()
         self.report.examples = len(train.example)
         self._twice(train)
@@ -168,6 +178,8 @@ class _Lint:
         if self.signatures is not None:
             self.signatures.add(gist(sample))
             self.places.append(place)
+        if self.languages is not None:
+            self.report.languages[self.languages.of(gist(sample))] += 1
 
     def _pairs(self, sound: Sample, sample: Sample, place: Place) -> None:
         sides = [(sound.sequences[pair.chosen], sound.sequences[pair.rejected]) for pair in sound.pairs]

@@ -31,6 +31,13 @@ def lines(report: Report) -> list[str]:
         if count / letters >= 0.0005 or report.main_script[name]
     )
     made.append(f"scripts  {shares or 'no letters'}")
+    if report.languages:
+        rows = report.languages.total()
+        named = [
+            f"{code} {100 * count / rows:.1f}% ({count:,} rows)" for code, count in report.languages.most_common(8)
+        ]
+        others = len(report.languages) - len(named)
+        made.append(f"language {', '.join(named)}{f' and {others} more' if others else ''}")
     if report.benchmark_questions:
         made.append(
             f"bench    {report.benchmark_questions:,} questions looked for, {report.benchmark_short:,} too short for it"
@@ -56,6 +63,7 @@ def as_json(report: Report) -> dict[str, Any]:
             "equal": length.equal,
         },
         "scripts": {"letters": dict(report.letters), "rows": dict(report.main_script)},
+        "languages": dict(report.languages),
         "benchmark": {"questions": report.benchmark_questions, "too_short": report.benchmark_short},
         "not_checked": report.not_checked,
         "entries": report.findings.entries,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -56,7 +56,7 @@ def generate(
                     use_cache=True,
                     **sampling,
                 )
-            texts = tokenizer.batch_decode(_until_stop(out[:, longest:].tolist(), stop_ids), skip_special_tokens=True)
+            texts = decoded(tokenizer, out[:, longest:].tolist(), stop_ids)
             for start in range(0, len(texts), num_samples):
                 yield texts[start : start + num_samples]
     finally:
@@ -65,9 +65,11 @@ def generate(
         model.train(was_training)
 
 
-def _until_stop(rows: list[list[int]], stops: list[int]) -> list[list[int]]:
+def decoded(tokenizer: Any, rows: Sequence[Sequence[int]], stop_ids: list[int]) -> list[str]:
+    """The texts of generated token ids, each up to its first stop, special tokens removed."""
     ended = []
     for row in rows:
-        end = next((i for i, token in enumerate(row) if token in stops), len(row))
-        ended.append(row[:end])
-    return ended
+        end = next((i for i, token in enumerate(row) if token in stop_ids), len(row))
+        ended.append(list(row[:end]))
+    texts: list[str] = tokenizer.batch_decode(ended, skip_special_tokens=True)
+    return texts

@@ -23,9 +23,9 @@ def number(verify: dict[str, Any], completion: str) -> dict[str, float]:
     The final number stands after the last ``####`` or in the last ``\\boxed{}`` (GSM8K, MATH); without either it is
     the last number of the text.  Thousands separators and trailing zeros do not matter.
     """
-    wanted = _last_number(_expected(verify))
+    wanted = _last_number(expected(verify))
     if wanted is None:
-        raise DataError(f"verifier 'number': the row's answer {_expected(verify)!r} holds no number")
+        raise DataError(f"verifier 'number': the row's answer {expected(verify)!r} holds no number")
     found = _last_number(completion)
     return {"correct": float(found == wanted), "answered": float(found is not None)}
 
@@ -36,15 +36,27 @@ def choice(verify: dict[str, Any], completion: str) -> dict[str, float]:
     The letter is the last one that follows "answer", "option" or "choice"; else the first that stands alone at the
     start of a line, as in ``B``, ``(B)`` or ``B. text``.  ``answered``: there is one.
     """
-    wanted = _expected(verify, "answer_idx").strip().strip("().").upper()
+    wanted = expected(verify, "answer_idx").strip().strip("().").upper()
     if not re.fullmatch("[A-Z]", wanted):
         raise DataError(f"verifier 'choice': the row's answer {wanted!r} is not one letter")
-    marked = _MARKED_CHOICE.findall(completion)
-    found = marked[-1] if marked else next(iter(_LONE_CHOICE.findall(completion)), None)
+    found = final_choice(completion)
     return {"correct": float(found == wanted), "answered": float(found is not None)}
 
 
-def _expected(verify: dict[str, Any], *first: str) -> str:
+def final_number(completion: str) -> str | None:
+    """The number that :func:`number` reads, in one spelling for equal values; None where there is none."""
+    found = _last_number(completion)
+    return None if found is None else f"{found.normalize():f}"
+
+
+def final_choice(completion: str) -> str | None:
+    """The letter that :func:`choice` reads; None where there is none."""
+    marked = _MARKED_CHOICE.findall(completion)
+    return marked[-1] if marked else next(iter(_LONE_CHOICE.findall(completion)), None)
+
+
+def expected(verify: dict[str, Any], *first: str) -> str:
+    """The row's answer, under the first of ``first``, ``final_answer`` and ``answer`` that is there; else DataError."""
     for key in (*first, "final_answer", "answer"):
         if verify.get(key) is not None:
             return str(verify[key])

@@ -275,8 +275,9 @@ def test_without_the_library_the_rest_is_looked_at_and_one_line_says_so(
     assert said == ["skipped  near duplicates: `pip install alignlab[lint]`"]
 
 
-def test_texts_are_not_kept(tmp_path: Path) -> None:
-    """500 rows of 5 kB: what the lint holds at any time stays far below what was read."""
+def test_texts_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """500 rows of 5 kB: what the lint holds at any time stays far below what was read (the languages' model aside)."""
+    monkeypatch.setattr("alignlab.lint.languages.available", lambda: False)
     rng = Random(10)
     long = [" ".join(rng.choices(WORDS, k=400)) for _ in range(40)]
     path = tmp_path / "rows.jsonl"
@@ -365,7 +366,9 @@ def test_line_ends_of_other_readers_stay_inside_their_row(tmp_path: Path) -> Non
 
 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
-    data = DataConfig(path=write(tmp_path / "t.jsonl", []))
+    with pytest.raises(DataError, match=r"t\.jsonl: holds no row"):
+        lint(DataConfig(path=write(tmp_path / "t.jsonl", [])), LintConfig())
+    data = DataConfig(path=write(tmp_path / "one.jsonl", [pair("a", "b", "c")]))
     with pytest.raises(ConfigError, match="unknown finding 'duplicat'; did you mean duplicate"):
         lint(data, LintConfig(drop=["duplicat"]))
     with pytest.raises(ConfigError, match="similarity"):

@@ -6,7 +6,7 @@ import pytest
 
 from alignlab.errors import DataError
 from alignlab.registry import VERIFIERS
-from alignlab.verifiers.answers import choice, number
+from alignlab.verifiers.answers import choice, final_choice, final_number, number
 
 SHARED = Path(__file__).parents[4] / "shared"
 
@@ -68,3 +68,18 @@ def test_gsm8k_solutions_are_right():
         rows = [json.loads(line) for line in file]
     assert all(number(row, row["answer"])["correct"] == 1.0 for row in rows)
     assert sum(number(row, rows[i - 1]["answer"])["correct"] for i, row in enumerate(rows)) < 0.1 * len(rows)
+
+
+@pytest.mark.parametrize(
+    ("texts", "votes"),
+    [
+        (["#### 1,000", "it is 1000.0", "so 1e3?", "no number"], ["1000", "1000", "3", None]),
+        (["\\boxed{-0.50}", "-.5", "x"], ["-0.5", "-0.5", None]),
+    ],
+)
+def test_equal_numbers_vote_together(texts: list[str], votes: list[str | None]) -> None:
+    assert [final_number(text) for text in texts] == votes
+
+
+def test_the_letter_that_is_voted_for() -> None:
+    assert [final_choice(text) for text in ("The answer is (B).", "B. Aspirin", "perhaps")] == ["B", "B", None]
