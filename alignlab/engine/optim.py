@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from alignlab.config import OptimConfig
 from alignlab.errors import ConfigError
+from alignlab.models.fourbit import bitsandbytes
 
 LARGEST_NORM = 1e19
 """A global gradient norm from here on counts as infinite, see :func:`usable`."""
@@ -46,11 +47,8 @@ def make_optimizer(groups: Iterable[dict[str, object]], config: OptimConfig) -> 
         return torch.optim.AdamW(groups, **options, fused=True)
     if config.name == "rmsprop":
         return torch.optim.RMSprop(groups, **options)
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError:
-        raise ConfigError("optim=adamw_8bit needs bitsandbytes: pip install 'alignlab[qlora]'") from None
-    return AdamW8bit(groups, **options)
+    optimizer: torch.optim.Optimizer = bitsandbytes("optim=adamw_8bit").optim.AdamW8bit(groups, **options)
+    return optimizer
 
 
 def optimizer_options(config: OptimConfig) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,16 +11,20 @@ from torch import Tensor
 
 from alignlab.config import PeftConfig
 from alignlab.errors import ConfigError
+from alignlab.models import fourbit
 
 
 def apply_peft(model: Any, config: PeftConfig, head: str, seed: int) -> Any:
-    """``model`` itself for ``none``, else a peft model around it whose adapter is drawn from ``seed``."""
+    """``model`` itself for ``none``, else a peft model around it whose adapter is drawn from ``seed``.
+
+    With ``qlora`` the model's linear layers are put into 4 bits first, in place.
+    """
     if config.name == "none":
         return model
     if config.name == "qlora":
-        if importlib.util.find_spec("bitsandbytes") is None or not torch.cuda.is_available():
-            raise ConfigError("peft=qlora needs a GPU and the extra 'qlora' (bitsandbytes); use peft=lora here")
-        raise ConfigError("peft=qlora: 4-bit loading is not built yet; use peft=lora")
+        fourbit.pack_linears(model)
+    elif fourbit.installed():
+        fourbit.bitsandbytes("peft=lora")  # peft imports it, too; the first import is ours
     from peft import LoraConfig, get_peft_model
 
     modules: Any = config.lora_target_modules
@@ -55,10 +59,11 @@ def _refuse_output_layer(model: Any, names: list[str]) -> None:
 def merged(model: Any, config: PeftConfig, head: str, weights: Mapping[str, Tensor]) -> tuple[Any, Any]:
     """(plain model with the adapter of ``weights`` merged in, the peft model that holds the adapter alone).
 
-    ``weights`` is the peft model's whole state dict; ``model`` is the base as it was loaded.
+    ``weights`` is the peft model's whole state dict; ``model`` is the base as it was loaded.  A base that was held in
+    4 bits becomes a plain one with the values it had there.
     """
-    adapter = apply_peft(model, config, head, 0)
-    adapter.load_state_dict(dict(weights))
+    adapter = apply_peft(model, replace(config, name="lora"), head, 0)
+    adapter.load_state_dict(fourbit.unpacked(weights, model.dtype))
     import copy
 
     plain = copy.deepcopy(adapter).merge_and_unload()

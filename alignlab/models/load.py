@@ -95,6 +95,34 @@ def fetch(config: ModelConfig) -> None:
             _source(config, name, weights=name == config.name_or_path)
 
 
+def at_hand(config: ModelConfig, name: str | None = None) -> Path | None:
+    """The folder of a model that needs no download, None for one that does; ConfigError where it is no model.
+
+    Not for ``tiny``, which has no folder.
+    """
+    name = name or config.name_or_path
+    if name.count("/") <= 1 and not Path(os.path.expanduser(name)).exists() and name not in BUILT_IN:
+        found = _local_snapshot(name, config.revision)
+        if found is None or not _whole(found, weights=False):
+            return None
+        check_folder(found, weights=False)
+        return found
+    return Path(_source(config, name))
+
+
+def configuration(config: ModelConfig) -> Any:
+    """The Hugging Face configuration of a model that is :func:`at_hand`, None of one that is not."""
+    found = at_hand(config)
+    return None if found is None else _hf_config(config, str(found))
+
+
+def model_folder(config: ModelConfig) -> str:
+    """The checked folder that holds the model, for a program that loads it by itself; ConfigError for ``tiny``."""
+    if config.name_or_path == "tiny":
+        raise ConfigError("model=tiny is made in memory; other programs need a folder, e.g. a run's model/")
+    return _source(config, weights=True)
+
+
 def load_tokenizer(config: ModelConfig) -> Any:
     """The fast tokenizer of ``config``, None where the folder holds none."""
     name = config.tokenizer_name_or_path or config.name_or_path
@@ -163,9 +191,7 @@ def _snapshot(name: str, revision: str | None, weights: bool) -> Path:
     """The local snapshot of a hub model.  Files that are here already are used as they are, without asking the hub."""
     from huggingface_hub import snapshot_download
 
-    found = None
-    with suppress(OSError, ValueError):
-        found = Path(snapshot_download(name, revision=revision, local_files_only=True))
+    found = _local_snapshot(name, revision)
     if found is not None and _whole(found, weights):
         return found
     wanted = [*SMALL_FILES, *(["*.safetensors"] if weights else [])]
@@ -180,6 +206,15 @@ def _snapshot(name: str, revision: str | None, weights: bool) -> Path:
         raise ConfigError(
             f"model: no folder {name} here, and the hub model cannot be fetched ({type(error).__name__}); {hint}"
         ) from error
+
+
+def _local_snapshot(name: str, revision: str | None) -> Path | None:
+    """What of a hub model is here already."""
+    from huggingface_hub import snapshot_download
+
+    with suppress(OSError, ValueError):
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+    return None
 
 
 def _whole(folder: Path, weights: bool) -> bool:

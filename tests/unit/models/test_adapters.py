@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 
@@ -93,11 +91,3 @@ def test_refusals(llama):
         apply_peft(llama(), PeftConfig(name="lora", lora_target_modules="q_proj,lm_head"), "lm", 0)
     with pytest.raises(ConfigError, match="lora_target_modules"):
         apply_peft(llama(), PeftConfig(name="lora", lora_target_modules="nothing_like_it"), "lm", 0)
-
-
-@pytest.mark.skipif(
-    torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes") is not None, reason="qlora could work here"
-)
-def test_qlora_says_what_it_needs(llama):
-    with pytest.raises(ConfigError, match=r"needs a GPU .* \(bitsandbytes\)"):
-        apply_peft(llama(), PeftConfig(name="qlora"), "lm", 0)

@@ -1,0 +1,72 @@
+"""A metric's number in the results of a recipe's stages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from alignlab.errors import ConfigError
+from alignlab.recipes.scale import Metric, Scale
+
+
+def measured(scale: Scale, results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Every metric whose stages are among ``results``; :class:`ConfigError` for a path that leads to no number."""
+    return {
+        name: _value(scale, metric, results)
+        for name, metric in scale.metrics.items()
+        if all(stage in results for stage in scale.stages_of(metric))
+    }
+
+
+def _value(scale: Scale, metric: Metric, results: Mapping[str, Mapping[str, Any]]) -> float:
+    value = _at(scale, metric, "value", metric.value, results)
+    return value - _at(scale, metric, "minus", metric.minus, results) if metric.minus else value
+
+
+def _at(scale: Scale, metric: Metric, role: str, path: str, results: Mapping[str, Mapping[str, Any]]) -> float:
+    where = f"{scale.file}: metrics.{metric.name}.{role}: '{path}'"
+    stage, _, rest = path.partition(".")
+    found = follow(results[stage], rest)
+    if found is None:
+        known = ", ".join(sorted(_paths(results[stage]))[:40])
+        raise ConfigError(f"{where}: stage {stage} has no such figure; it has {known}")
+    if isinstance(found, (dict, list)):
+        raise ConfigError(f"{where}: is no number but holds {', '.join(sorted(_paths(found))[:40])}")
+    try:
+        number = float(found)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{where}: is no number: {found!r}") from None
+    if not math.isfinite(number):
+        raise ConfigError(f"{where}: is not finite: {found}")
+    return number
+
+
+def follow(value: Any, path: str) -> Any:
+    """What stands at a dotted path, or None; a key may hold dots itself, a list takes a number (-1: the last)."""
+    if not path:
+        return value
+    parts = path.split(".")
+    if isinstance(value, list):
+        try:
+            return follow(value[int(parts[0])], ".".join(parts[1:]))
+        except (ValueError, IndexError):
+            return None
+    if not isinstance(value, dict):
+        return None
+    for count in range(len(parts), 0, -1):
+        key = ".".join(parts[:count])
+        if key in value:
+            found = follow(value[key], ".".join(parts[count:]))
+            if found is not None:
+                return found
+    return None
+
+
+def _paths(value: Any, prefix: str = "") -> list[str]:
+    """The dotted paths of all numbers."""
+    if isinstance(value, dict):
+        return [path for key, item in value.items() for path in _paths(item, f"{prefix}{key}.")]
+    if isinstance(value, list):
+        return [path for i, item in enumerate(value[:3]) for path in _paths(item, f"{prefix}{i}.")]
+    return [prefix[:-1]] if isinstance(value, (int, float)) and not isinstance(value, bool) else []

@@ -1,0 +1,70 @@
+"""Bands: their arithmetic by hand, and when one cannot do its work."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from alignlab.errors import ConfigError
+from alignlab.recipes import bands
+from alignlab.recipes.bands import Band
+from alignlab.recipes.scale import Metric
+
+PLAIN = Metric("x", "x", "a.x", None, None)
+DIFFERENCE = Metric("d", "d", "a.x", "b.x", None)
+
+
+def test_a_band_by_hand() -> None:
+    """0.2, 0.3, 0.4, 0.5, 0.6: mean 0.4, s = sqrt(0.1 / 4) = 0.15811, t = 4.60409, half = t s sqrt(6 / 5) = 0.797452;
+    three digits of it, outwards: -0.397452 -> -0.398 and 1.197452 -> 1.198."""
+    half = 4.60409 * math.sqrt(0.1 / 4) * math.sqrt(6 / 5)
+    assert half == pytest.approx(0.797452, abs=1e-6)
+    assert bands.band_of([0.2, 0.3, 0.4, 0.5, 0.6]) == Band(-0.398, 1.198)
+
+
+def test_a_band_is_rounded_outwards_at_any_size() -> None:
+    for factor in (1e-6, 1.0, 1e6):
+        values = [factor * value for value in (1.0, 1.1, 0.95, 1.02, 1.07)]
+        made = bands.band_of(values)
+        half = 4.604095 * math.sqrt(sum((v - sum(values) / 5) ** 2 for v in values) / 4) * math.sqrt(1.2)
+        for end, exact in ((made.low, sum(values) / 5 - half), (made.high, sum(values) / 5 + half)):
+            assert end == pytest.approx(exact, abs=0.011 * half)
+        assert made.low <= sum(values) / 5 - half * 0.999999
+        assert made.high >= sum(values) / 5 + half * 0.999999
+
+
+def test_values_without_spread_make_a_point() -> None:
+    assert bands.band_of([1.0, 1.0, 1.0]) == Band(1.0, 1.0)
+    assert bands.band_of([0.0, 0.0, 0.0]) == Band(0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("metric", "band", "broken", "said"),
+    [
+        (DIFFERENCE, Band(-0.1, 0.2), {}, ["holds zero: a run without the difference would pass"]),
+        (DIFFERENCE, Band(0.1, 0.2), {"late": 0.15, "off": 0.3}, ["holds the broken setting 'late' (0.15)"]),
+        (DIFFERENCE, Band(0.1, 0.2), {"off": -0.1}, []),
+        (PLAIN, Band(-0.1, 0.2), {}, []),
+        (PLAIN, Band(-0.1, 1.2), {}, ["holds everything from 0 to 1"]),
+        (PLAIN, Band(1.0, 1.0), {}, ["has no width: the seeds do not differ, so it says nothing of other runs"]),
+    ],
+)
+def test_what_cannot_fail_is_said(metric: Metric, band: Band, broken: dict[str, float], said: list[str]) -> None:
+    assert bands.blind_to(metric, band, broken) == said
+
+
+def test_one_scale_is_written_and_the_others_stay(tmp_path: Path) -> None:
+    bands.write(tmp_path, "toy", {"metrics": {"x": {"band": [0.1, 0.2]}}, "seeds": [1, 2, 3]})
+    bands.write(tmp_path, "small", {"metrics": {}})
+    bands.write(tmp_path, "toy", {"metrics": {"x": {"band": [0.3, 0.4]}}})
+    text = (tmp_path / "expected.json").read_text()
+    assert json.loads(text) == {"small": {"metrics": {}}, "toy": {"metrics": {"x": {"band": [0.3, 0.4]}}}}
+    assert text.index('"small"') < text.index('"toy"')
+    assert bands.bands(bands.read(tmp_path)["toy"]) == {"x": Band(0.3, 0.4)}
+    assert bands.read(tmp_path / "elsewhere") == {}
+    (tmp_path / "expected.json").write_text("{")
+    with pytest.raises(ConfigError, match="calibrate= writes it anew"):
+        bands.read(tmp_path)
