@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from alignlab.errors import Preempted
+from alignlab.imports import importing
 from alignlab.processes import STOP_SIGNALS, die_with_parent
 
 PARENT = "ALIGNLAB_AGENT"
@@ -57,9 +58,10 @@ def main(arguments: list[str]) -> int:
         # All ranks are on this node: they meet on the loopback (dist.init), not at a server of torchrun's, which would
         # listen on every address.
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing import SignalException, api
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    with importing():
+        from torch.distributed import run
+        from torch.distributed.elastic.multiprocessing import SignalException, api
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     raising = api._terminate_process_handler
 

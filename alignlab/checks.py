@@ -31,6 +31,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "peft.name": ("none", "lora", "qlora"),
     "launch.name": ("auto", "inline", "torchrun", "slurm", "sbatch"),
     "train.nonfinite": ("stop", "skip"),
+    "eval.backend": ("hf", "vllm"),
 }
 
 POSITIVE = (
@@ -158,6 +159,10 @@ def config_problems(config: RootConfig) -> Iterator[str]:
     data, launch, engine = config.data, config.launch, config.engine
     if problem := value_problem("logger.names", config.logger.names):
         yield f"logger: [{', '.join(config.logger.names)}] ({problem})"
+    if config.eval.shadow or config.eval.shadow_options or config.eval.probe_path:
+        from alignlab.shadows import shadow_problems  # it loads objectives, which others do without
+
+        yield from shadow_problems(config)
     if data.path is not None and data.sources:
         yield "data.path and data.sources: give one of them"
     if data.eval_path is not None and data.eval_fraction > 0:
@@ -165,7 +170,7 @@ def config_problems(config: RootConfig) -> Iterator[str]:
     for number, source in enumerate(data.sources):
         if source.weight <= 0:
             yield f"data.sources[{number}].weight: {source.weight} (expected more than 0)"
-    paths = [("data.path", data.path), ("data.eval_path", data.eval_path)]
+    paths = [("data.path", data.path), ("data.eval_path", data.eval_path), ("eval.probe_path", config.eval.probe_path)]
     paths += [(f"data.sources[{number}].path", source.path) for number, source in enumerate(data.sources)]
     paths += [
         ("model.name_or_path", config.model.name_or_path),
@@ -195,6 +200,13 @@ def config_problems(config: RootConfig) -> Iterator[str]:
         yield "launch.nnodes: several nodes need launch=slurm or launch=sbatch"
     if config.model.dtype == "fp64" and engine.name not in ("auto", "local"):
         yield f"model.dtype=fp64 works with engine=local only, not with engine={engine.name}"
+    if config.peft.name == "qlora" and engine.name == "zero3":
+        yield (
+            "peft=qlora works with engine=local and zero0 .. zero2: zero3 would cut the packed 4-bit weights apart, "
+            "and has little left to save"
+        )
+    if config.peft.name == "qlora" and config.model.dtype == "fp64":
+        yield "peft=qlora works with model.dtype=fp32 and bf16, not with fp64"
     if config.train.torch_compile and engine.name == "zero3":
         yield "train.torch_compile works with engine=local and zero0 .. zero2: zero3 gathers weights between the layers"
     if engine.offload_optimizer and engine.name in ("auto", "local", "zero0"):

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TextIO
 
 from alignlab import __version__
 from alignlab.errors import AlignlabError, ConfigError
+from alignlab.imports import collectable, importing
 from alignlab.processes import StopFlag
 
 QUIET = {
@@ -45,10 +46,17 @@ class Verb(NamedTuple):
     """keys of the verb's own, which no configuration has"""
     flags: tuple[str, ...] = ()
     """those of them that may be written as flags: ``lint`` (``--lint``), ``write=PATH`` (``--write PATH``)"""
+    forms: tuple[str, ...] = ()
+    """what it is written like, one line a use, for ``--help``"""
 
 
 ALL = ("model", "data", "objective")
 LINT = ("benchmark", "ngram", "against", "similarity", "keep", "drop")
+JUDGE = (
+    "base_url", "api_key_env", "template", "condition", "temperature", "max_tokens", "extra", "concurrency",
+    "max_retries", "timeout", "price_in", "price_out", "dry_run",
+)  # fmt: skip
+TASKS = ("include_path", "num_fewshot", "limit", "chat_template")
 VERBS: dict[str, Verb] = {
     "train": Verb("alignlab.verbs.train:run", "train a model; the same command goes on where it stopped", True, ALL),
     "prepare": Verb("alignlab.verbs.prepare:run", "fetch and build everything train needs; no GPU", False, ALL),
@@ -62,22 +70,55 @@ VERBS: dict[str, Verb] = {
         "alignlab.verbs.verify:run", "ways to train that must agree, tried on your rows: a matrix, exit 1 if one fails",
         False, ALL, own=("rows", "steps", "layers", "cells"),
     ),
+    "validate": Verb(
+        "alignlab.verbs.validate:run",
+        "what is wrong with a configuration, without training; dry_run=true: two small steps",
+        False, ALL, own=("dry_run",),
+    ),
     "show": Verb("alignlab.verbs.show:run", "options, keys, and the composed configuration with who set what", True),
     "evaluate": Verb(
         "alignlab.verbs.evaluate:run",
         "loss, accuracy, verifier on held-out rows; a reward model: evaluate rm=MODEL data=ROWS",
-        True, (), "model", own=("rm", "against", "plot", "resamples", "alone", "control", "prompts", "front"),
+        True, (), "model", own=(
+            "rm", "against", "plot", "resamples", "alone", "control", "prompts", "front", "score", "best_of",
+            "temperature", "measure", "judge", *(f"judge.{name}" for name in JUDGE),
+            "tasks", *(f"tasks.{name}" for name in TASKS),
+        ),
+        forms=(
+            "evaluate RUN [data=ROWS]                         loss, accuracy, a verifier's figures",
+            "evaluate rm=MODEL data=ROWS [against=MODEL]      a reward model (docs/reward-models.md)",
+            "evaluate RUN control=true [prompts=50]           what a request moves, cpsft and cpo (docs/control.md)",
+            "evaluate RUN best_of=8 score=MODEL               re-ranking of sampled answers",
+            "evaluate RUN_OR_FILE judge=NAME [against=OTHER]  a judge behind a chat endpoint (docs/evaluation.md)",
+            "evaluate RUN tasks=gsm8k,arc_easy                benchmarks of the lm-eval harness (docs/evaluation.md)",
+        ),
     ),
-    "sample": Verb("alignlab.verbs.sample:run", "answers of a run or model, generated in batches", True, (), "model"),
+    "sample": Verb(
+        "alignlab.verbs.sample:run", "answers of a run or model, generated in batches", True, (), "model", forms=(
+            "sample RUN eval.prompt='...'",
+            "sample RUN data=ROWS [eval.generate=20] [eval.temperature=0.7 eval.num_samples=4] [eval.backend=vllm]",
+        ),
+    ),
     "export": Verb("alignlab.verbs.export:run", "a run as a plain Hugging Face folder", True, (), "model"),
     "ledger": Verb(
         "alignlab.verbs.ledger:run", "what a run saw: ledger RUN [step=N | sample=ID | other=RUN]", False, (), "words"
     ),
+    "diff": Verb(
+        "alignlab.verbs.diff:run", "what two runs differ in, and where their numbers part: diff RUN_A RUN_B",
+        False, (), "words",
+    ),
     "loop": Verb(
         "alignlab.verbs.loop:run", "rounds of sample, score, pair, train: preferences among the policy's own answers",
         False, ALL, own=(
-            "rounds", "prompts", "samples", "temperature", "measure", "threshold", "policy_init", "reference",
-            "data_window", "held_out",
+            "rounds", "prompts", "samples", "temperature", "scorer", "measure", "own_answer", "threshold",
+            "policy_init", "reference", "data_window", "held_out",
+        ),
+    ),
+    "reproduce": Verb(
+        "alignlab.verbs.reproduce:run", "a recipe's stages and a verdict: reproduce RECIPE|all [scale=toy|small|paper]",
+        False, (), "words", own=(
+            "scale", "seed", "rows", "workers", "output_dir", "only", "calibrate", "broken", "execute", "dry_run",
+            "set.<stage>.<key>",
         ),
     ),
     "report": Verb(
@@ -86,7 +127,10 @@ VERBS: dict[str, Verb] = {
     ),
     "env": Verb("alignlab.verbs.env:run", "versions, devices, cache", False, (), "words"),
     "cache": Verb("alignlab.verbs.cache:run", "what is cached: cache ls | cache rm KIND [KEY]", False, (), "words"),
-    "ls": Verb("alignlab.verbs.ls:run", "the runs in a folder and how they stand", False, (), "words"),
+    "ls": Verb(
+        "alignlab.verbs.ls:run", "runs in a folder and how they stand; ls recipes: what can be reproduced", False, (),
+        "words",
+    ),
 }  # fmt: skip
 
 
@@ -184,7 +228,8 @@ def call(verb: str, target: str | None, settings: dict[str, Any]) -> int:
 def load(verb: str) -> Any:
     """The function behind a verb."""
     module, _, name = VERBS[verb].path.partition(":")
-    return getattr(import_module(module), name)
+    with importing():
+        return getattr(import_module(module), name)
 
 
 def _dispatch(arguments: _Arguments, stdout: TextIO, settings: dict[str, Any] | None = None) -> int:
@@ -192,14 +237,17 @@ def _dispatch(arguments: _Arguments, stdout: TextIO, settings: dict[str, Any] | 
     if verb.target == "words":
         request = Request(arguments.verb, json=arguments.json, words=arguments.words, stdout=stdout)
         request.settings = dict(settings or {})
-        return load(arguments.verb)(request)
+        with collectable():
+            return load(arguments.verb)(request)
     # Composing takes seconds; a signal that comes meanwhile must find someone who remembers it.
-    with StopFlag().installed() if arguments.verb == "train" else contextlib.nullcontext():
+    with StopFlag().installed() if arguments.verb == "train" else contextlib.nullcontext(), collectable():
         return _composed(arguments, stdout, settings)
 
 
 def _composed(arguments: _Arguments, stdout: TextIO, settings: dict[str, Any] | None) -> int:
-    request = make_request(arguments.verb, arguments.words, settings, json=arguments.json, compose=not arguments.sweep)
+    verb, words, compose = arguments.verb, arguments.words, not arguments.sweep
+    with importing():  # composing reads the objectives, and so imports torch
+        request = make_request(verb, words, settings, json=arguments.json, compose=compose)
     request.stdout = stdout
     if arguments.sweep:
         from alignlab.sweep import sweep
@@ -238,7 +286,9 @@ def compose_request(request: Request) -> None:
 
     lints = request.verb == "inspect" and request.own  # rows alone can be looked at
     needs = ("data",) if lints else VERBS[request.verb].needs
-    composed = compose(request.overrides, file=request.file, values=request.settings, needs=needs)
+    composed = compose(
+        request.overrides, file=request.file, values=request.settings, needs=needs, own=VERBS[request.verb].own
+    )
     request.config, request.provenance = composed.config, composed.provenance
     request.options, request.plugins = composed.options, composed.plugins
     request.stated = composed.stated
@@ -360,7 +410,8 @@ def _help_text(which: str) -> str:
         target = {"config": "[FILE.yaml | RUN]", "model": "RUN_OR_MODEL", "words": "..."}[VERBS[which].target]
         flags = "".join(f" [--{flag.replace('=', ' ')}]" for flag in VERBS[which].flags)
         own = f"Its own keys: {' '.join(VERBS[which].own)}\n" if VERBS[which].own else ""
-        about = f"{VERBS[which].help}\n\n{own}All keys: alignlab show"
+        forms = "".join(f"  alignlab {form}\n" for form in VERBS[which].forms) + "\n" * bool(VERBS[which].forms)
+        about = f"{VERBS[which].help}\n\n{forms}{own}All keys: alignlab show"
         return f"alignlab {which} {target}{flags} [key=value ...]\n\n{about}"
     lines = ["alignlab <verb> [FILE.yaml | RUN_OR_FOLDER] [key=value ...] [-m] [--json [PATH.json]]", ""]
     for name, verb in VERBS.items():

@@ -9,8 +9,9 @@ recipe, debug, the user's YAML file, the command line.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,10 +74,12 @@ def compose(
     file: Path | None = None,
     values: Mapping[str, Any] | None = None,
     needs: Iterable[str] = (),
+    own: Sequence[str] = (),
 ) -> Composed:
     """The configuration of ``key=value`` tokens over ``file``; ``values`` are Python values of the same standing.
 
-    Every problem is reported in one :class:`ConfigError`, a line each.  ``needs`` names sections that must be chosen.
+    Every problem is reported in one :class:`ConfigError`, a line each.  ``needs`` names sections that must be chosen;
+    ``own`` are keys of the verb's own, which a misspelt one may have meant.
     """
     problems: list[str] = []
     of_file = spread(from_file(file)) if file else []
@@ -108,7 +111,7 @@ def compose(
                 _select(setting, flat, provenance)
             elif misnamed and setting.key.startswith("objective."):
                 continue  # the objective's name was wrong: said already
-            elif problem := _apply(setting, known, hints, objective, flat, provenance):
+            elif problem := _apply(setting, known, hints, objective, flat, provenance, own):
                 problems.append(problem)
                 refused.add(setting.key)
     config = _build(flat, objective, problems)
@@ -340,6 +343,7 @@ def _apply(
     objective: str | None,
     flat: dict[str, Any],
     provenance: dict[str, str],
+    own: Sequence[str],
 ) -> str | None:
     """Set one key, or say in one line why not."""
     at = "" if setting.text or setting.source == COMMAND_LINE else f"{setting.source}: "
@@ -350,7 +354,7 @@ def _apply(
         key = "reference.name_or_path"
     owner = key if key in known else _mapping_above(key, known)
     if owner is None:
-        return at + _unknown(key, known, hints, objective)
+        return at + _unknown(key, known, hints, objective, own)
     kind = known[owner].type
     try:
         if owner != key:
@@ -359,6 +363,8 @@ def _apply(
             raw, key = {**entries, key[len(owner) + 1 :]: inner}, owner
         elif setting.text:
             raw = schema.from_text(raw, kind)
+        if key == "data.sources" and isinstance(raw, list):
+            raw = [groups.named_source(entry) for entry in raw]
         value = schema.coerce(raw, kind)
         expected = checks.value_problem(key, value)
     except ValueError as error:
@@ -425,8 +431,10 @@ def _where_it_ran(setting: Setting, folder: Path) -> Setting:
     return dataclasses.replace(setting, raw=raw)
 
 
-def _unknown(key: str, known: schema.Schema, hints: dict[str, str], objective: str | None) -> str:
+def _unknown(key: str, known: schema.Schema, hints: dict[str, str], objective: str | None, own: Sequence[str]) -> str:
     if key == "objective" or not key.startswith("objective."):
+        if near := difflib.get_close_matches(key, own, n=1, cutoff=0.8):
+            return f"unknown key '{key}': did you mean {near[0]}?"
         return str(suggest.unknown_key(key, known, GROUPS, {}))
     if objective is None:
         return f"unknown key '{key}': choose the objective first, objective={'|'.join(OBJECTIVES.names())}"

@@ -203,6 +203,12 @@ class EvalConfig:
     max_new_tokens: int = 256
     verifier: str | None = None
     """A verifier's name; default: the one each row names."""
+    shadow: list[str] = field(default_factory=list)
+    """Objectives, or loss types of dpo, that do not train and are measured at every evaluation: ``[sft,dpo,simpo]``."""
+    shadow_options: dict[str, Any] = field(default_factory=dict)
+    """Options of theirs, e.g. ``{dpo: {beta: 0.5}}``; what is not named keeps its default, whatever is trained."""
+    probe_path: str | None = None
+    """The pairs that ``shadow`` is measured on, recognised from their columns; default: the held-out rows."""
     prompt: str | None = None
     """``sample``: answer this instead of the rows' prompts."""
     temperature: float = 0.0
@@ -210,6 +216,8 @@ class EvalConfig:
     top_p: float = 1.0
     num_samples: int = 1
     """``sample``: answers to each prompt."""
+    backend: str = "hf"
+    """``sample``, ``evaluate judge=``: hf (Hugging Face generate) | vllm (extra ``vllm``)"""
 
 
 @dataclass

@@ -7,7 +7,7 @@ plain rank correlation says what a request moves: its own dimension (control) or
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -52,16 +52,47 @@ class Meter:
     free: Cell | None
     """the same prompts without a condition"""
 
+    @property
+    def control(self) -> float | None:
+        """The mean of every dimension's effect on itself; what never varies follows no request and counts as 0.
+
+        None where no controlled dimension is measured under its own name.
+        """
+        own = [self.effect[d][d] for d in self.followed]
+        return sum(0.0 if one is None else one.value for one in own) / len(own) if own else None
+
+    @property
+    def followed(self) -> list[str]:
+        """The controlled dimensions that are measured under their own name."""
+        return [d for d in self.controlled if d in self.measures]
+
+    def curve(self, dimension: str) -> dict[float, dict[str, float]]:
+        """Requested level of ``dimension`` -> the means of everything measured, over all that is asked beside it."""
+        levels = sorted({cell.requested[dimension] for cell in self.cells})
+        return {level: self._means([c for c in self.cells if c.requested[dimension] == level]) for level in levels}
+
+    @property
+    def means(self) -> dict[str, float]:
+        """The means of everything measured under all conditions."""
+        return self._means(self.cells)
+
+    def _means(self, cells: Sequence[Cell]) -> dict[str, float]:
+        answers = [cell.answers for cell in cells]
+        return {m: float(np.average([cell.means[m] for cell in cells], weights=answers)) for m in self.measures}
+
 
 def grid(levels: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
     """Every combination of one level of each dimension, the last dimension fastest."""
     return [dict(zip(levels, chosen, strict=True)) for chosen in product(*levels.values())]
 
 
-def meter(readings: Sequence[Reading], draws: Draws, front: Sequence[str] = ()) -> Meter:
+def meter(
+    readings: Sequence[Reading], draws: Draws, front: Sequence[str] = (), continuous: Collection[str] = ()
+) -> Meter:
     """The figures of all readings; intervals draw prompts.  ``front``: measures to be maximised together.
 
     Without ``front`` these are the measures that no condition controls, or all of them where each is controlled.
+    ``continuous``: measures that are no levels (a reward model's), so that none of them can match a request.
     """
     asked = [reading for reading in readings if reading.requested]
     controlled = list(asked[0].requested)
@@ -76,7 +107,7 @@ def meter(readings: Sequence[Reading], draws: Draws, front: Sequence[str] = ()) 
     }
     match = {}
     for d in controlled:
-        if d in measured:
+        if d in measured and d not in continuous:
             right = (requested[d] == measured[d]).astype(float)
             found = _interval(lambda w, right=right: float((w * right).sum() / w.sum()), weights)
             assert found is not None
@@ -163,6 +194,10 @@ def table_text(found: Meter) -> list[str]:
     if found.free is not None:
         lines.append(_cell_line(found.free, found.measures, width, starred=False))
     lines.append(f"* on the Pareto front of {', '.join(found.front_measures)}")
+    if found.control is not None:
+        lines.append(
+            f"control {found.control:+.2f}, the mean correlation of {', '.join(found.followed)} with their requests"
+        )
     return lines
 
 
@@ -183,7 +218,10 @@ def as_json(found: Meter) -> dict[str, Any]:
         "effect": {
             d: {m: None if i is None else i.as_json() for m, i in row.items()} for d, row in found.effect.items()
         },
+        "control": found.control,
         "match": {d: interval.as_json() for d, interval in found.match.items()},
+        "means": found.means,
+        "curves": {d: {f"{at:g}": means for at, means in found.curve(d).items()} for d in found.controlled},
         "cells": [{"requested": dict(c.requested), "means": dict(c.means), "answers": c.answers} for c in found.cells],
         "front": [dict(found.cells[place].requested) for place in found.front],
         "front_measures": found.front_measures,
@@ -210,10 +248,10 @@ def plot(found: Meter) -> bytes:
             shade = "white" if abs(value) > 0.6 else "black"
             axes[0].text(column, row, f"{value:.2f}", ha="center", va="center", color=shade)
     for axis, d in zip(axes[1:], own, strict=True):
-        levels = sorted({cell.requested[d] for cell in found.cells})
-        means = [np.average([c.means[d] for c in found.cells if c.requested[d] == level]) for level in levels]
-        axis.plot(levels, levels, color="0.6", linestyle="--", linewidth=1, label="as requested")
-        axis.plot(levels, means, marker="o", label="measured")
+        curve = found.curve(d)
+        if d in found.match:  # else the measure is on a scale of its own
+            axis.plot([*curve], [*curve], color="0.6", linestyle="--", linewidth=1, label="as requested")
+        axis.plot([*curve], [means[d] for means in curve.values()], marker="o", label="measured")
         axis.set(title=d, xlabel="requested level", ylabel="mean measured level")
         axis.legend(fontsize="small")
     drawn = io.BytesIO()

@@ -6,12 +6,13 @@ The only file that composes with Hydra.  It sees names of options and nothing a 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from alignlab import yamlio
-from alignlab.config import RootConfig
+from alignlab.config import RootConfig, SourceConfig
 from alignlab.errors import ConfigError
 from alignlab.registry import OBJECTIVES
 from alignlab.settings import GROUPS, Setting, spread
@@ -42,6 +43,21 @@ def option_values(group: str, option: str) -> dict[str, Any]:
     everywhere = path.read_text(encoding="utf-8").startswith("# @package _global_")
     whole = content if everywhere else {group: content}
     return {s.key: s.raw for s in spread([Setting(key, value, False, "") for key, value in whole.items()])}
+
+
+def named_source(entry: Any) -> Any:
+    """An entry of ``data.sources`` whose path names an option of ``data``: the option's words under the entry's own.
+
+    Raises :class:`ConfigError` for an option that is a mixture or conditions its rows: no single source can be that.
+    """
+    name = entry.get("path") if isinstance(entry, dict) else None
+    if not isinstance(name, str) or name not in options("data"):
+        return entry
+    said = {key.removeprefix("data."): value for key, value in option_values("data", name).items()}
+    if "path" not in said:
+        raise ConfigError(f"{name} is a mixture itself; choose it with data={name}")
+    known = {field.name for field in dataclasses.fields(SourceConfig)}
+    return {**{key: value for key, value in said.items() if key in known}, **entry, "path": said["path"]}
 
 
 def composed(chosen: frozenset[tuple[str, str]]) -> tuple[dict[str, Any], dict[str, str | None]]:

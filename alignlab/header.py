@@ -8,8 +8,10 @@ from typing import Any
 
 from alignlab.config import RootConfig
 from alignlab.job import Job
+from alignlab.models.fourbit import weights_in
 from alignlab.rowtext import sample_text
 from alignlab.runfolder import RunFolder, write_atomic
+from alignlab.shadows import Probe
 from alignlab.train.loop import Progress
 from alignlab.types import Unit
 
@@ -18,7 +20,11 @@ def write_data_account(folder: RunFolder, job: Job) -> None:
     """``data/``: the account of both sides, the rows left out, the first three rows as the model sees them."""
     folder.data.mkdir(exist_ok=True)
     prepared = job.data.train
-    write_atomic(folder.data / "manifest.json", json.dumps(job.data.accounts(), indent=1, ensure_ascii=False) + "\n")
+    accounts = job.data.accounts()
+    for side, rows in (("train", prepared), ("held_out", job.data.held_out)):
+        if rows is not None:  # "index": what the rows are as tokens
+            accounts[side] = {**accounts[side], "index": rows.index.hash}
+    write_atomic(folder.data / "manifest.json", json.dumps(accounts, indent=1, ensure_ascii=False) + "\n")
     write_atomic(folder.data / "rejected.jsonl", (prepared.folder / "rejected.jsonl").read_text(encoding="utf-8"))
     found = "".join(json.dumps(entry) + "\n" for entry in job.data.findings())
     write_atomic(folder.data / "findings.jsonl", found)
@@ -47,6 +53,7 @@ def header(job: Job, folder: RunFolder, progress: Progress, seconds: float) -> l
             + (f" ({reasons}: data/rejected.jsonl)" if dropped else ""),
         ),
         *(("warning", f"{text}: data/findings.jsonl") for text in [findings_text(job.data.accounts())] if text),
+        *(("shadow", _shadow_text(probe)) for probe in job.data.probes),
         (
             "masks",
             f"{share:.0f}% of tokens supervised, terminator in {manifest['terminated']:,} of "
@@ -61,6 +68,15 @@ def header(job: Job, folder: RunFolder, progress: Progress, seconds: float) -> l
         ),
     ]
     return lines
+
+
+def _shadow_text(probe: Probe) -> str:
+    manifest = probe.rows.manifest
+    units = "pairs" if probe.objective.example is Unit.PAIR else "sequences"
+    return (
+        f"{', '.join(probe.objectives)} on {probe.rows.index.example_count(probe.objective.example):,} {units}"
+        f"   ({manifest['read']:,} read = {manifest['kept']:,} kept + {manifest['read'] - manifest['kept']:,} dropped)"
+    )
 
 
 def _saved(job: Job) -> str:
@@ -101,7 +117,7 @@ def findings_text(accounts: Mapping[str, Any]) -> str:
 
 def _parameters(job: Job) -> str:
     parameters = list(job.loaded.model.parameters())
-    count = [getattr(p, "ds_numel", p.numel()) for p in parameters]
+    count = [getattr(p, "ds_numel", weights_in(p)) for p in parameters]
     trained = sum(n for n, p in zip(count, parameters, strict=True) if p.requires_grad)
     total = sum(count)
     return f"{total / 1e6:,.1f}M parameters" + (f", {trained / 1e6:,.2f}M trained" if trained < total else "")

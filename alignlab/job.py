@@ -43,7 +43,9 @@ from alignlab.models.load import (
 from alignlab.models.proof import choose_layout
 from alignlab.models.scorer import Scorer
 from alignlab.registry import OBJECTIVES
+from alignlab.shadows import Probe, probes
 from alignlab.train.reference import Reference, reference_logps
+from alignlab.train.shadow import Shadow
 from alignlab.types import Unit
 
 TOKEN_BUDGET = {"cpu": 2048, "cuda": 16384}
@@ -62,13 +64,15 @@ class JobData:
     held_out: Prepared | None
     overlap: Overlap
     """of the training rows with the held-out rows"""
+    probes: list[Probe]
+    """the rows of ``eval.shadow``"""
 
     def accounts(self) -> dict[str, Any]:
         """The manifests of both sides, and what they share."""
         found: dict[str, Any] = {"train": self.train.manifest}
         if self.held_out is not None:
             found |= {"held_out": self.held_out.manifest, "overlap": dict(self.overlap.counts)}
-        return found
+        return found | {f"shadow/{'+'.join(probe.objectives)}": probe.rows.manifest for probe in self.probes}
 
     def findings(self) -> Iterator[dict[str, Any]]:
         """What was kept and is suspect, an entry each; ``rows`` says whether it stands in one side's or in both."""
@@ -92,6 +96,7 @@ class Job:
     loader: Loader
     held_plans: StepPlans | None
     held_loader: Loader | None
+    shadows: list[Shadow]
     layout_line: str
 
 
@@ -143,7 +148,7 @@ def prepare_data(config: RootConfig) -> JobData:
         raise DataError(_leak(overlap))
     if held is not None and config.eval.limit is not None:
         held = replace(held, index=held.index.select(range(min(config.eval.limit, len(held.index)))))
-    return JobData(objective, needs, tokenizer, encoder, rows, held, overlap)
+    return JobData(objective, needs, tokenizer, encoder, rows, held, overlap, probes(config, encoder, needs_of))
 
 
 def _leak(overlap: Overlap) -> str:
@@ -155,20 +160,32 @@ def _leak(overlap: Overlap) -> str:
     )
 
 
+def check_flags(data: JobData) -> None:
+    """Raises DataError where the objective needs flagged pairs and no training pair is."""
+    objective, values = data.objective, data.train.index.pair_values
+    flag = getattr(objective, "needs_flag", None)
+    if flag is not None and not values[flag].any():
+        raise DataError(
+            f"objective={objective.name}: its term for pairs flagged '{flag}' would never act, as none of the "
+            f"{len(values[flag]):,} training pairs is; set data.{flag}=true or a source's {flag}"
+        )
+
+
 def assemble(config: RootConfig, data: JobData) -> Job:
     """Model, layout, engine, step plans and loaders of this rank; the process group stands already."""
     objective = data.objective
     device = dist.device()
     dtype = resolve_dtype(config.model.dtype, device)
     loaded = load_model(config.model, objective.head, dtype, config.seed)
-    for prepared in (data.train, data.held_out):
+    for prepared in (data.train, data.held_out, *(probe.rows for probe in data.probes)):
         if prepared is not None:
             counted = prepared.manifest
             check_token_ids(loaded.model, counted["largest_token"], counted["largest_at"], loaded.name)
     disable_dropout(loaded.model)
     layout, line = choose_layout(
-        loaded.model, config.model.layout, mixes_inputs=objective.mixes_inputs, form=plain_form(device)
-    )
+        loaded.model, config.model.layout, form=plain_form(device),
+        mixes_inputs=objective.mixes_inputs or any(probe.objective.mixes_inputs for probe in data.probes),
+    )  # fmt: skip
     takes_ragged = kernel.takes_ragged(loaded.model, layout, dtype, device)
     if config.model.use_liger_kernel:
         apply_liger(loaded.model, device)
@@ -184,7 +201,7 @@ def assemble(config: RootConfig, data: JobData) -> Job:
     engine.train()  # a model read from a folder comes in eval mode, in which no activation is ever recomputed
     pad = loaded.tokenizer.pad_token_id if loaded.tokenizer is not None else None
 
-    def loader(index: Index) -> Loader:
+    def loader(index: Index, objective: Any = objective) -> Loader:
         return Loader(
             index, layout, engine.device, torch.float64 if dtype == torch.float64 else torch.float32, engine.rank,
             mixes_inputs=objective.mixes_inputs, pad_id=pad or 0, merge_prompts=shared["merge_prompts"],
@@ -193,13 +210,11 @@ def assemble(config: RootConfig, data: JobData) -> Job:
 
     budget = config.train.token_budget or TOKEN_BUDGET[engine.device.type]
     shared = {
-        "unit": objective.example,
+        **_wants(objective),
         "token_budget": budget,
         "max_examples": config.train.per_device_train_batch_size,
         "dp": engine.dp,
         "layout": layout,
-        "mismatched": objective.mismatched,
-        "mixes_inputs": objective.mixes_inputs,
         "merge_prompts": config.data.merge_prompts != "false",
         "cost": cost_of(loaded.model),
     }
@@ -213,7 +228,19 @@ def assemble(config: RootConfig, data: JobData) -> Job:
     if data.held_out is not None:
         held_plans = whole_set(data.held_out.index, config.seed, shared)
         held_loader = loader(data.held_out.index)
-    return Job(config, data, loaded, engine, scorer, plans, loader(index), held_plans, held_loader, line)
+    shadows = [
+        Shadow(
+            probe.objectives, whole_set(probe.rows.index, config.seed, shared | _wants(probe.objective)),
+            loader(probe.rows.index, probe.objective),
+        )
+        for probe in data.probes
+    ]  # fmt: skip
+    return Job(config, data, loaded, engine, scorer, plans, loader(index), held_plans, held_loader, shadows, line)
+
+
+def _wants(objective: Any) -> dict[str, Any]:
+    """What an objective asks of a step plan."""
+    return {"unit": objective.example, "mismatched": objective.mismatched, "mixes_inputs": objective.mixes_inputs}
 
 
 def cost_of(model: Any) -> Cost:
@@ -256,21 +283,28 @@ def attach_reference(job: Job, say: Callable[[str], None] | None = None) -> floa
     ``say`` is told, once, when another job is computing them and this one waits.
     Must run while the engine still holds the policy as loaded: before any checkpoint is read.
     """
-    if not job.data.objective.needs_reference:
+    asked: list[tuple[Loader, Any, Prepared]] = []
+    if job.data.objective.needs_reference:
+        asked.append((job.loader, job.plans, job.data.train))
+        if job.held_loader is not None and job.data.held_out is not None:
+            asked.append((job.held_loader, job.held_plans, job.data.held_out))
+    for shadow, probe in zip(job.shadows, job.data.probes, strict=True):
+        if probe.needs_reference:
+            asked.append((shadow.loader, shadow.plans, probe.rows))
+    if not asked:
         return 0.0
     source = reference_job(job)
     compute = source is job or dist.world_size() == 1
     told = {} if say is None else {"say": say}
-    seconds = _attach(source, job.loader, job.plans, job.data.train, compute=compute, **told)
-    if job.held_loader is not None and job.data.held_out is not None:
-        seconds += _attach(source, job.held_loader, job.held_plans, job.data.held_out, compute=compute, **told)
+    seconds = 0.0
+    for loader, plans, prepared in asked:
+        seconds += _attach(source, loader, plans, prepared, compute=compute, **told)
     return seconds
 
 
 def _attach(source: Job, loader: Loader, plans: Any, prepared: Prepared, *, compute: bool, **told: Any) -> float:
-    objective = source.data.objective
     # Plans are made as they are consumed: a pass found in the cache costs none.
-    mismatched = (plans.at(step) for step in range(plans.total_steps)) if objective.mismatched else None
+    mismatched = (plans.at(step) for step in range(plans.total_steps)) if plans.mismatched else None
     partners = [source.config.seed, plans.global_batch_size, plans.total_steps, *["grouped"] * plans.group_prompts]
     parts = {
         "model": source.loaded.fingerprint,
@@ -280,8 +314,8 @@ def _attach(source: Job, loader: Loader, plans: Any, prepared: Prepared, *, comp
         "mismatched": None if mismatched is None else partners,
     }
     everything = partial(
-        sequential, prepared.index, unit=objective.example, token_budget=plans.limits.token_budget,
-        dp=plans.limits.dp, layout=source.scorer.layout, mixes_inputs=objective.mixes_inputs,
+        sequential, prepared.index, unit=plans.unit, token_budget=plans.limits.token_budget,
+        dp=plans.limits.dp, layout=source.scorer.layout, mixes_inputs=plans.limits.mixes_inputs,
         merge_prompts=plans.limits.merge_prompts, cost=plans.limits.cost,
     )  # fmt: skip
     found: Reference = reference_logps(

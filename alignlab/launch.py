@@ -26,6 +26,7 @@ from alignlab.checks import redact
 from alignlab.cli import Request, emit
 from alignlab.config import RootConfig, RunConfig
 from alignlab.errors import AlignlabError, ConfigError, HangError, Preempted
+from alignlab.imports import importing
 from alignlab.processes import die_with_parent
 from alignlab.runfolder import RunFolder, state_of, write_atomic
 from alignlab.supervise import forget, lost, supervise, torchrun
@@ -201,8 +202,8 @@ def differences(folder: RunFolder, config: RootConfig) -> list[str]:
 
 def run_inline(folder: RunFolder) -> int:
     """The worker, in this process."""
-    from alignlab import worker
-
+    with importing():
+        from alignlab import worker
     return worker.main(str(folder.path))
 
 

@@ -134,7 +134,14 @@ def _use_optimizer(optim: OptimConfig) -> None:
 
 
 def _use_objective(section: Any, optim: OptimConfig) -> None:
-    """A step of the warm-up, the last step, and an evaluation."""
+    take_steps(OBJECTIVES.get(section.name)(section), optim, _toy_rows())
+
+
+def take_steps(objective: Any, optim: OptimConfig, index: Any) -> None:
+    """A step of the warm-up, the last step, and an evaluation, all rows of ``index`` in each; scores are made up.
+
+    ``index`` must hold reference numbers.  Raises what the objective raises.
+    """
     import torch
 
     from alignlab.data.loader import Loader
@@ -143,8 +150,6 @@ def _use_objective(section: Any, optim: OptimConfig) -> None:
     from alignlab.train.single import plans_of, run_step
     from alignlab.types import StepContext
 
-    objective = OBJECTIVES.get(section.name)(section)
-    index = _toy_rows()
     plan = plans_of(index, objective).at(0)
     loader = Loader(index, "rows", torch.device("cpu"), torch.float64, 0, mixes_inputs=objective.mixes_inputs)
     if objective.needs_reference and objective.mismatched:
@@ -186,6 +191,13 @@ def _toy_rows() -> Any:
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory(prefix="alignlab-") as folder:  # what is mapped outlives its name
         index = write_index(Path(folder) / "index", [random_sample(rng, number) for number in range(2)])
+    return with_reference(index)
+
+
+def with_reference(index: Any) -> Any:
+    """``index`` with a made-up reference log-probability for every sequence."""
+    import numpy as np
+
     index.attach("reference", np.full(index.num_sequences, -8.0, dtype=np.float32))
     return index
 

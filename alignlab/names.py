@@ -41,6 +41,7 @@ SPEED_KEYS = (
     "eval.temperature",
     "eval.top_p",
     "eval.num_samples",
+    "eval.backend",
     "reference.compute",
     "output_dir",
     "resume",
@@ -100,7 +101,7 @@ def number_keys(config: RootConfig) -> dict[str, Any]:
 def stated_keys(config: RootConfig) -> dict[str, Any]:
     """The keys that can change a number, as the user stated them."""
     flat = schema.flatten(config)
-    kept = {key: value for key, value in flat.items() if not _is_speed(key)}
+    kept = {key: value for key, value in flat.items() if not is_speed(key)}
     if kept.get("data.merge_prompts") in ("true", "false"):
         del kept["data.merge_prompts"]
     if kept.get("data.leaks") in ("error", "keep"):  # the same rows train, or none
@@ -108,12 +109,13 @@ def stated_keys(config: RootConfig) -> dict[str, Any]:
     return kept
 
 
-def _is_speed(key: str) -> bool:
+def is_speed(key: str) -> bool:
+    """Whether a key never changes a number beyond tolerance."""
     return any(key.startswith(speed) if speed.endswith(".") else key == speed for speed in SPEED_KEYS)
 
 
 def _identified(key: str, value: Any) -> Any:
-    if key in ("data.path", "data.eval_path", "model.chat_template") and isinstance(value, str):
+    if key in ("data.path", "data.eval_path", "eval.probe_path", "model.chat_template") and isinstance(value, str):
         return identify(value)
     if key in ("model.name_or_path", "model.tokenizer_name_or_path", "reference.name_or_path") and value is not None:
         return identify(value)

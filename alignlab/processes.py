@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import IO, Protocol
 
@@ -106,16 +106,24 @@ def wait(child: Child, stop: StopFlag, watch: Callable[[], bool] = lambda: True)
         raise
 
 
-def call(command: list[str], environment: Mapping[str, str], stdout: int | IO[bytes] | None = None) -> int:
+def call(
+    command: list[str],
+    environment: Mapping[str, str],
+    stdout: int | IO[bytes] | None = None,
+    *,
+    stderr: int | None = None,
+    stop: StopFlag | None = None,
+) -> int:
     """The exit code of a command in a session of its own; 75 too where a stop came before the command could take it.
 
-    A stop signal to this process is passed on; the command does not outlive it.
+    A stop signal to this process is passed on; the command does not outlive it.  From a thread, which no signal
+    reaches, ``stop`` is the flag that the main thread has installed.
     """
-    with StopFlag().installed() as stop:
+    with nullcontext(stop) if stop is not None else StopFlag().installed() as stop:
         if stop.set:
             return Preempted.exit_code
         child = subprocess.Popen(
-            command, stdout=stdout, env={**os.environ, **environment}, start_new_session=True,
+            command, stdout=stdout, stderr=stderr, env={**os.environ, **environment}, start_new_session=True,
             preexec_fn=die_with_parent,
         )  # fmt: skip
         code = wait(child, stop)

@@ -10,6 +10,7 @@ import os
 import sys
 
 from alignlab.agent import PARENT
+from alignlab.imports import importing
 from alignlab.processes import StopFlag, die_with_parent
 
 
@@ -19,8 +20,8 @@ def main(run_folder: str) -> int:
     if os.environ.get(PARENT, str(os.getppid())) != str(os.getppid()):
         return 1  # the agent died while this process started
     with StopFlag().installed():
-        from alignlab import worker
-
+        with importing():
+            from alignlab import worker
         return worker.main(run_folder)
 
 

@@ -1,4 +1,4 @@
-"""Names and what they stand for: objectives, row formats, verifiers.
+"""Names and what they stand for: objectives, row formats, verifiers, readers of final answers.
 
 Built-in entries are import paths, so that listing names imports nothing.  A plug-in registers the thing itself with a
 decorator; an installed package may use the entry-point groups ``alignlab.objectives``, ``alignlab.formats`` and
@@ -61,7 +61,7 @@ class Registry:
 def unknown_name(kind: str, name: str, known: list[str]) -> str:
     """One line for a name nobody knows: the nearest ones first, then all."""
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    hint = f"; did you mean {' or '.join(near)}?" if near else "."
     return f"unknown {kind} '{name}'{hint} Known: {', '.join(known)}"
 
 
@@ -91,6 +91,7 @@ FORMATS = Registry(
         "hh": "alignlab.data.formats:from_hh",
         "unpaired": "alignlab.data.formats:from_unpaired",
         "scored": "alignlab.data.formats:from_scored",
+        "sampled": "alignlab.data.formats_sampled:from_sampled",
         "tokens": "alignlab.data.formats:from_tokens",
         "trees": "alignlab.data.formats_trees:from_trees",
         "ultrainteract_trees": "alignlab.data.formats_trees:from_ultrainteract_trees",
@@ -105,8 +106,18 @@ VERIFIERS = Registry(
         "sums": "alignlab.data.world:measure",
         "number": "alignlab.verifiers.answers:number",
         "choice": "alignlab.verifiers.answers:choice",
+        "math": "alignlab.verifiers.mathematics:equal",
     },
 )
+FINAL_ANSWERS = Registry(
+    "final_answer",
+    {
+        "sums": "alignlab.data.world:final_answer",
+        "number": "alignlab.verifiers.answers:final_number",
+        "choice": "alignlab.verifiers.answers:final_choice",
+    },
+)
+"""By verifier: what a text says in the end, for a majority vote."""
 
 
 def register_objective(what: Any) -> Any:
@@ -131,6 +142,14 @@ def register_verifier(what: Any) -> Any:
     Bare, the function is known under its own name.
     """
     return _registering(VERIFIERS, what)
+
+
+def register_final_answer(what: Any) -> Any:
+    """Decorator, bare or with a name, for ``(completion: str) -> str | None``: what a text says in the end.
+
+    Texts with equal answers vote together.  The name is the verifier's whose rows it reads.
+    """
+    return _registering(FINAL_ANSWERS, what)
 
 
 def _registering(registry: Registry, what: Any) -> Any:

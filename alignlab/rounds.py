@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from alignlab.errors import ConfigError
@@ -20,12 +20,16 @@ FORMS = ("pairs", "labels")
 
 @dataclass(frozen=True)
 class Scored:
-    """One prompt, its sampled answers and each one's score."""
+    """One prompt, its sampled answers, each one's score, and what a verifier measured on each."""
 
     id: str
     prompt: list[Message] | str
     texts: list[str]
-    scores: list[float]
+    scores: list[float | None]
+    """None: the scorer could not take the text, which then is no candidate"""
+    measures: list[dict[str, float]] = field(default_factory=list)
+    own: bool = False
+    """whether the last text is the row's own answer"""
 
 
 @dataclass
@@ -36,11 +40,16 @@ class Account:
     kept: int
     dropped: Counter[str]
     mean_score: float
-    """of all sampled answers"""
+    """of all sampled answers that have a score, the rows' own answers left out"""
+    unscored: int = 0
+    """answers without a score"""
+    own: Counter[str] = field(default_factory=Counter)
+    """how the rows' own answers scored: as the ``best``, the ``worst``, ``between``, ``unscored`` (of prompts kept)"""
 
     def as_json(self) -> dict[str, Any]:
         return {
             "prompts": self.prompts, "kept": self.kept, "dropped": dict(self.dropped), "mean_score": self.mean_score,
+            "unscored": self.unscored, **({"own": dict(self.own)} if self.own else {}),
         }  # fmt: skip
 
 
@@ -50,8 +59,8 @@ def preference_rows(
     """(rows, account): of each prompt the best answer against the worst, where they are over ``threshold`` apart.
 
     Of equal scores the first sampled answer counts.  ``pairs``: prompt, chosen, rejected, score_chosen, score_rejected;
-    ``labels``: two rows, prompt, completion, label.  Prompts are dropped as ``tie`` (all scores equal) or ``close``
-    (not more than the threshold apart).
+    ``labels``: two rows, prompt, completion, label.  Prompts are dropped as ``tie`` (all scores equal), ``close``
+    (not more than the threshold apart) or ``unscored`` (fewer than two answers have a score).
     """
     if form not in FORMS:
         raise ConfigError(f"rows of form '{form}' are not known; known: {', '.join(FORMS)}")
@@ -59,19 +68,33 @@ def preference_rows(
         raise ConfigError(f"threshold: {threshold} is below 0")
     rows: list[dict[str, Any]] = []
     dropped: Counter[str] = Counter()
-    prompts = kept = 0
-    scores: list[float] = []
+    own: Counter[str] = Counter()
+    prompts = kept = unscored = 0
+    sampled: list[float] = []
     for one in answers:
         prompts += 1
-        scores += one.scores
-        best, worst = max(one.scores), min(one.scores)
+        candidates = [score for score in one.scores if score is not None]
+        sampled += [score for score in one.scores[: len(one.scores) - one.own] if score is not None]
+        unscored += len(one.scores) - len(candidates)
+        if len(candidates) < 2:
+            dropped["unscored"] += 1
+            continue
+        best, worst = max(candidates), min(candidates)
         if best - worst <= threshold:
             dropped["tie" if best == worst else "close"] += 1
             continue
         kept += 1
-        chosen, rejected = (one.texts[one.scores.index(score)] for score in (best, worst))
-        rows += _rows(one, chosen, rejected, best, worst, form)
-    return rows, Account(prompts, kept, dropped, sum(scores) / max(1, len(scores)))
+        first, last = (one.scores.index(score) for score in (best, worst))
+        if one.own:
+            own[_place(one.scores[-1], best, worst)] += 1
+        rows += _rows(one, one.texts[first], one.texts[last], best, worst, form)
+    return rows, Account(prompts, kept, dropped, sum(sampled) / max(1, len(sampled)), unscored, own)
+
+
+def _place(score: float | None, best: float, worst: float) -> str:
+    if score is None:
+        return "unscored"
+    return "best" if score == best else "worst" if score == worst else "between"
 
 
 def _rows(one: Scored, chosen: str, rejected: str, best: float, worst: float, form: str) -> list[dict[str, Any]]:

@@ -194,6 +194,22 @@ class RunFolder:
                 raise StorageError(f"{path}: cannot be removed ({error.strerror})") from None
 
 
+def finished_model(name: str, key: str) -> tuple[str, RunFolder | None]:
+    """(what to load, the run it comes from) for a run, its ``model`` folder, another folder or a hub name.
+
+    ``key`` is who asks, for the :class:`ConfigError` of a run that has no model yet.
+    """
+    path = Path(name).expanduser()
+    folder = path.parent if path.name == "model" else path
+    if not (folder / "run.yaml").is_file():
+        return name, None
+    run = RunFolder(folder)
+    run.refuse_links()
+    if not run.model.is_dir():
+        raise ConfigError(f"{key}: {folder} has no finished model; run the training to its end first")
+    return str(run.model), run
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Make ``path`` hold ``text``, durably and all at once."""
     staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")

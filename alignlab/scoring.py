@@ -1,14 +1,17 @@
 """A reward model over rows: loaded, its layout proved, every answer scored, the rows found again.
 
-Used by ``evaluate rm=``.  One process; the prompt that answers share is computed once where the layout allows it.
+Used by ``evaluate rm=``, and through :mod:`alignlab.scorers` wherever generated texts are scored.  One process; the
+prompt that answers share is computed once where the layout allows it.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -17,22 +20,23 @@ import torch
 from alignlab import dist
 from alignlab.config import RootConfig
 from alignlab.data import trie
-from alignlab.data.index import Index
+from alignlab.data.index import Index, IndexWriter
 from alignlab.data.ledger import read_samples
 from alignlab.data.loader import Loader
 from alignlab.data.pack import batch_of, plain_form, to_device
 from alignlab.data.plan import sequential
 from alignlab.data.prepare import Needs, Prepared, prepare
+from alignlab.data.template import Dropped
 from alignlab.engine.base import cast_parameters
-from alignlab.errors import ConfigError, DataError, NumericsError
+from alignlab.errors import DataError, NumericsError
 from alignlab.job import TOKEN_BUDGET, make_encoder
 from alignlab.models.load import check_reward_model, check_token_ids, disable_dropout, load_model, resolve_dtype
 from alignlab.models.proof import choose_layout
 from alignlab.models.scorer import Scorer
 from alignlab.rewards.judged import Judged, judge
-from alignlab.runfolder import RunFolder
+from alignlab.runfolder import RunFolder, finished_model
 from alignlab.train.rewards import sequence_rewards
-from alignlab.types import Ask, Unit
+from alignlab.types import Ask, EncodedSample, EncodedSequence, Sample, Unit
 
 PAIRS = Needs(Unit.PAIR, world_kind="trees")
 
@@ -91,10 +95,52 @@ class RewardModel:
         """float64 [stored sequences], NaN outside the selection; NumericsError names rows with a reward not finite."""
         index, counted = prepared.index, prepared.manifest
         check_token_ids(self.loaded.model, counted["largest_token"], counted["largest_at"], self.loaded.name)
+        found = self._forward(index)
+        numbers = _sequences(index)
+        wrong = numbers[~np.isfinite(found[numbers])]
+        if len(wrong):
+            raise _not_finite(len(wrong), _named(prepared, wrong))
+        return found
+
+    def of(self, samples: Sequence[Sample]) -> list[list[float | None]]:
+        """The reward of every sequence of every sample, for texts that stand in no file.
+
+        None where a sequence cannot be read: it says nothing, is too long, or spells a control token.  Equal sequences
+        of a sample are computed once.  NumericsError names a sample with a reward that is not finite.
+        """
+        self.encoder.foresee(samples)
+        rewards: list[list[float | None]] = [[None] * len(sample.sequences) for sample in samples]
+        stored: list[tuple[int, list[int]]] = []
+        with TemporaryDirectory() as folder, IndexWriter(Path(folder) / "index") as writer:
+            for number, sample in enumerate(samples):
+                encoded = self._encoded(sample)
+                if encoded:
+                    stored += [(number, places) for _, places in encoded]
+                    writer.add(_as_stored(sample, [sequence for sequence, _ in encoded]))
+            if not stored:
+                return rewards
+            index = writer.close()
+            for (number, places), reward in zip(stored, self._forward(index).tolist(), strict=True):
+                if not math.isfinite(reward):
+                    raise _not_finite(1, samples[number].id)
+                for place in places:
+                    rewards[number][place] = reward
+        return rewards
+
+    def _encoded(self, sample: Sample) -> list[tuple[EncodedSequence, list[int]]]:
+        """The distinct sequences of ``sample`` that can be read, each with its places."""
+        found: dict[bytes, tuple[EncodedSequence, list[int]]] = {}
+        for place, sequence in enumerate(sample.sequences):
+            one = self.encoder.encode(replace(sample, sequences=[sequence], pairs=[]))
+            if not isinstance(one, Dropped):
+                encoded = one.sequences[-1]
+                found.setdefault(encoded.tokens.tobytes(), (encoded, []))[1].append(place)
+        return list(found.values())
+
+    def _forward(self, index: Index) -> np.ndarray:
         loader = Loader(
             index, self.layout, self.device, torch.float64 if self.dtype == torch.float64 else torch.float32, 0,
             pad_id=(self.tokenizer.pad_token_id if self.tokenizer is not None else None) or 0,
-            form=plain_form(self.device),
         )  # fmt: skip
         train = self.config.train
         plan = sequential(
@@ -102,15 +148,7 @@ class RewardModel:
             token_budget=train.token_budget or TOKEN_BUDGET[self.device.type],
         )  # fmt: skip
         self.scorer.layout = self.layout
-        found = sequence_rewards(self.scorer, loader, plan, index.num_sequences, self.device)
-        numbers = _sequences(index)
-        wrong = numbers[~np.isfinite(found[numbers])]
-        if len(wrong):
-            raise NumericsError(
-                f"the reward of {len(wrong)} answer(s) is not finite: {_named(prepared, wrong)}. Look at the rows and "
-                "at the model's weights, or take model.dtype=fp32"
-            )
-        return found
+        return sequence_rewards(self.scorer, loader, plan, index.num_sequences, self.device)
 
     def alone(self, index: Index, rewards: np.ndarray, count: int) -> Alone | None:
         """``count`` answers, spread evenly over the index, scored one by one; None where ``count`` is 0."""
@@ -131,6 +169,21 @@ class RewardModel:
             len(numbers), changes[worst], changes[worst] / spread if spread else 0.0,
             index.sample_id(_sample_of(index, int(numbers[worst]))),
         )  # fmt: skip
+
+
+def _not_finite(count: int, where: str) -> NumericsError:
+    return NumericsError(
+        f"the reward of {count} answer(s) is not finite: {where}. Look at the rows and at the model's weights, or take "
+        "model.dtype=fp32"
+    )
+
+
+def _as_stored(sample: Sample, sequences: list[EncodedSequence]) -> EncodedSample:
+    weight = {"weight": np.ones(len(sequences), dtype=np.float32)}
+    nothing = np.zeros((0, 2), dtype=np.int32)
+    return EncodedSample(
+        sample.id, sample.source, sequences, nothing, weight, {"weight": np.zeros(0, dtype=np.float32)}
+    )
 
 
 def score(config: RootConfig, *, alone: int = 0) -> Scored:
@@ -162,15 +215,7 @@ def score(config: RootConfig, *, alone: int = 0) -> Scored:
 
 def reward_model(name: str) -> tuple[str, RunFolder | None]:
     """(what to load, the run it comes from) for a run, its ``model`` folder, another folder or a hub name."""
-    path = Path(name).expanduser()
-    folder = path.parent if path.name == "model" else path
-    if not (folder / "run.yaml").is_file():
-        return name, None
-    run = RunFolder(folder)
-    run.refuse_links()
-    if not run.model.is_dir():
-        raise ConfigError(f"rm: {folder} has no finished model; run the training to its end first")
-    return str(run.model), run
+    return finished_model(name, "rm")
 
 
 # ---------------------------------------------------------------------------------------------------------------

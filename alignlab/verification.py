@@ -6,7 +6,7 @@ Used before and after a training run (``eval.generate``), by ``evaluate`` and by
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,23 +15,26 @@ import numpy as np
 from alignlab.config import DataConfig, EvalConfig
 from alignlab.control import spearman
 from alignlab.data.condition import Conditioner
+from alignlab.data.examples import same_prompt, to_examples
 from alignlab.data.prepare import Needs, rows_of, sample_of, sources_of
 from alignlab.data.template import Encoder
 from alignlab.errors import DataError
 from alignlab.registry import VERIFIERS
 from alignlab.train.generate import generate
-from alignlab.types import Message, Sample
+from alignlab.types import Message, Sample, Unit
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt to answer, with what its verifier needs and the levels its condition asks for."""
+    """One prompt to answer, with what its verifier needs, the levels its condition asks for, and the row's answer."""
 
     id: str
     messages: list[Message] | str
     tools: list[Any] | None = None
     verify: dict[str, Any] = field(default_factory=dict)
     requested: dict[str, float] = field(default_factory=dict)
+    answer: str | None = None
+    """what the row itself answers: its demonstration, the chosen or the best rated completion; None: nothing"""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def prompts_of(data: DataConfig, needs: Needs, *, held_out: bool, limit: int | N
         for row in rows_of(source, data, needs, held_out=held_out):
             sample = sample_of(row, source)
             for one in conditioner.rows(sample) if conditioner else [sample]:
-                prompt = _prompt(one)
+                prompt = prompt_of(one, data.rating)
                 key = str(prompt.messages)
                 if key in seen:
                     continue
@@ -61,7 +64,11 @@ def prompts_of(data: DataConfig, needs: Needs, *, held_out: bool, limit: int | N
                     return
 
 
-def _prompt(sample: Sample) -> Prompt:
+def prompt_of(sample: Sample, by: Sequence[str] = ()) -> Prompt:
+    """The prompt of a row's first sequence, and the row's own answer to it; ``by``: the ratings that say which is best.
+
+    Raises :class:`DataError` where there is none.
+    """
     first = sample.sequences[0]
     if first.input_ids is not None:
         raise DataError(f"row {sample.id} is tokenised already; generation needs the prompt's text")
@@ -70,7 +77,18 @@ def _prompt(sample: Sample) -> Prompt:
         messages = first.completion[: _first_answer(first.completion)]
     if not messages:
         raise DataError(f"row {sample.id} has no prompt to answer")
-    return Prompt(sample.id, messages, sample.tools, sample.verify, sample.verify.get("condition", {}))
+    condition = sample.verify.get("condition", {})
+    return Prompt(sample.id, messages, sample.tools, sample.verify, condition, _own_answer(sample, by))
+
+
+def _own_answer(sample: Sample, by: Sequence[str]) -> str | None:
+    """The first assistant turn of the best completion of the row's (first) prompt; None where it says nothing."""
+    best = to_examples(sample, Unit.SEQUENCE, by=by).sequences
+    said = next((one.completion for one in best if same_prompt(one, sample.sequences[0])), None)
+    if isinstance(said, list):
+        turn = next((turn for turn in said if turn["role"] == "assistant"), {})
+        said = turn.get("content") if not turn.get("tool_calls") else None
+    return said if isinstance(said, str) and said.strip() else None
 
 
 def _first_answer(messages: list[Message]) -> int:
@@ -87,10 +105,19 @@ def answers(
         model, tokenizer, ids, stop_ids=encoder.stop_ids, batch_size=batch_size, max_new_tokens=max_new_tokens,
         temperature=temperature, top_p=top_p, num_samples=num_samples, seed=seed,
     )  # fmt: skip
+    yield from measured(prompts, made, verifier)
+
+
+def measured(prompts: list[Prompt], made: Iterable[list[str]], verifier: str | None = None) -> Iterator[Answer]:
+    """The texts made for each prompt, measured by the verifier that its row (or ``verifier``) names."""
     for prompt, texts in zip(prompts, made, strict=True):
-        name = verifier or prompt.verify.get("kind")
-        measures = [VERIFIERS.get(name)(prompt.verify, text) if name else {} for text in texts]
-        yield Answer(prompt, texts, measures)
+        yield Answer(prompt, texts, [measures_of(prompt, text, verifier) for text in texts])
+
+
+def measures_of(prompt: Prompt, text: str, verifier: str | None = None) -> dict[str, float]:
+    """What the verifier that ``prompt``'s row (or ``verifier``) names says of a text; nothing where none is named."""
+    name = verifier or prompt.verify.get("kind")
+    return VERIFIERS.get(name)(prompt.verify, text) if name else {}
 
 
 def summary(found: list[Answer]) -> dict[str, float]:

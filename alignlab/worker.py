@@ -28,7 +28,7 @@ from alignlab.engine import checkpoint
 from alignlab.errors import AlignlabError, ConfigError, HangError, OutOfMemoryError, Preempted, StorageError
 from alignlab.export import export_model
 from alignlab.header import done_text, header, write_data_account
-from alignlab.job import Job, assemble, attach_reference, prepare_data
+from alignlab.job import Job, assemble, attach_reference, check_flags, prepare_data
 from alignlab.launch import captured_output
 from alignlab.models.flops import ModelFlops, peak_rate
 from alignlab.processes import StopFlag
@@ -40,6 +40,7 @@ from alignlab.train.logging import Console, Sink, json_numbers, make_sinks, peak
 from alignlab.train.loop import BadStep, Progress, context_of, fit
 from alignlab.train.margins import MarginRecorder
 from alignlab.train.rewards import evaluate_held_out
+from alignlab.train.shadow import evaluate_shadows
 from alignlab.train.step import passes
 from alignlab.types import Unit
 from alignlab.verification import as_json, verified
@@ -59,6 +60,7 @@ def run(config: RootConfig, folder: RunFolder, stop: StopFlag, stream: TextIO) -
     reads: set[str] = set()
     config = watched(config, reads)
     data = prepare_data(config)  # before the process group exists; one rank of a node builds, the others wait
+    check_flags(data)
     dist.init(timeout=config.engine.timeout, group=config.engine.name.startswith("zero"))
     dist.agree("the data index", data.train.index.hash)
     _stop_early(stop)
@@ -100,7 +102,7 @@ def _train(
 
     hooks = RunHooks(
         engine=engine, train=config.train, total_steps=job.plans.total_steps, console=console, sinks=sinks,
-        evaluate=held_out if job.held_plans is not None else None,
+        evaluate=held_out if job.held_plans is not None or job.shadows else None,
         save=lambda now: _save(job, folder, now, ledger, margins),
         record=lambda report: ledger.record(report.plan, skipped=not report.updated) if ledger else None,
         export=lambda step: _export(job, folder.exports / f"step-{step}"),
@@ -267,18 +269,19 @@ def _status(folder: RunFolder, **changes: Any) -> None:
 
 @heartbeat.doing("eval")
 def _held_out(job: Job, folder: RunFolder, progress: Progress, console: Console) -> dict[str, float]:
-    """Held-out loss and metrics on all ranks; a verifier's measures of generated answers on rank 0."""
-    assert job.held_plans is not None
-    assert job.held_loader is not None
+    """Held-out loss, metrics and shadow objectives on all ranks; a verifier's measures of answers on rank 0."""
     config = job.config
+    found: dict[str, float] = {}
     plan = job.plans.at(min(progress.step, job.plans.total_steps - 1))
     context = context_of(job.plans, plan, progress.step, config.optim, config.seed, progress)
     job.engine.train(False)
     with _memory_errors(job):
-        found = evaluate_held_out(job.engine, job.data.objective, job.held_plans, job.held_loader, context)
-    if warning := nonfinite.of_evaluation(job, folder, progress.step, found, context):
-        console.line("warning", warning)
-    if config.eval.generate and job.data.objective.head == "lm":
+        if job.held_plans is not None and job.held_loader is not None:
+            found = evaluate_held_out(job.engine, job.data.objective, job.held_plans, job.held_loader, context)
+            if warning := nonfinite.of_evaluation(job, folder, progress.step, found, context):
+                console.line("warning", warning)
+        found |= evaluate_shadows(job.engine, job.shadows, context)
+    if config.eval.generate and job.held_plans is not None and job.data.objective.head == "lm":
         if job.engine.name == "zero3":
             raise ConfigError(
                 "eval.generate during training needs whole parameters; with engine=zero3 leave it 0 and use "

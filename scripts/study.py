@@ -11,7 +11,6 @@ and for CPO its first stage continued.  Prints Markdown: the values, and the mea
 
 from __future__ import annotations
 
-import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from quickstart import SECOND, STYLE, Job, jobs, results, settings, train_all
 
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-"""97.5 % points of Student's t by number of seeds (degrees of freedom: one less)."""
+from alignlab import student
 
 PROMPTS = 300
 """Held-out prompts that every model answers."""
@@ -52,12 +50,6 @@ def with_controls(seed: int) -> tuple[Job, ...]:
     return tuple(replace(job, settings={**job.settings, "eval.generate": PROMPTS}) for job in made)
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """(mean, half width of its 95 % interval)."""
-    half = T_95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
-    return statistics.fmean(values), half
-
-
 def main(arguments: list[str]) -> int:
     given = dict(word.split("=", 1) for word in arguments)
     out, seeds = Path(given.get("output_dir", "runs/study")), [int(s) for s in given.get("seeds", "1,2,3").split(",")]
@@ -82,8 +74,8 @@ def main(arguments: list[str]) -> int:
             100 * (one[run]["after"][metric] - (one[control]["after"] if control else one[run]["before"])[metric])
             for one in found
         ]
-        mean, half = interval(differences)
-        print(f"| {label} | {mean:+.1f} | {mean - half:+.1f} to {mean + half:+.1f} |")
+        found_in = student.of_mean(differences)
+        print(f"| {label} | {found_in.mean:+.1f} | {found_in.low:+.1f} to {found_in.high:+.1f} |")
     return 0
 
 

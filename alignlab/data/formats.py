@@ -31,9 +31,12 @@ _COLUMNS = (
     ("questions", "question answer | question final_answer | question options answer_idx"),
     ("alpaca", "instruction output | instruction response"),
     ("text", "text"),
+    ("sampled", "prompt texts"),
     ("prompts", "prompt"),
 )
 """Format -> sets of columns that mean it; the first match from the top counts."""
+
+_THOUSANDS = re.compile(r"\D?\d{1,3}(,\d{3})+(\.\d+)?")
 
 
 def recognise(columns: set[str]) -> str:
@@ -133,7 +136,8 @@ def from_questions(row: dict[str, Any]) -> Sample:
         if final is None and "####" in answer:
             final = answer.rpartition("####")[2]
         if final is not None:
-            verify = {"kind": "number", "answer": str(final).strip().replace(",", "")}
+            final = str(final).strip()  # a comma between thousands goes, that of a pair or an interval stays
+            verify = {"kind": "number", "answer": final.replace(",", "") if _THOUSANDS.fullmatch(final) else final}
     return common(row, Sample([conversation(with_system(row, [user(asked), assistant(answer)]))], verify=verify))
 
 

@@ -224,6 +224,14 @@ def measure(verify: dict[str, Any], completion: str) -> dict[str, float]:
     }
 
 
+def final_answer(completion: str) -> str | None:
+    """What a text says in the end: the number it names, ``unknown`` for a refusal; None where it says neither."""
+    last = completion.strip().split("\n")[-1].strip()
+    if any(form.fullmatch(last) for form in _REFUSAL):
+        return "unknown"
+    return next(reversed(re.findall(r"-?\d+", last)), None)
+
+
 def _demonstration(task: Problem, rng: Random) -> str:
     """What a demonstrator writes: in the usual style, with people's mistakes."""
     steps: list[Step] | None = task.steps()

@@ -52,6 +52,8 @@ def _import() -> Any:
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # Else ZeRO-3 starts ``numactl`` at every micro-batch to learn how many ranks this machine has.
+        os.environ["LOCAL_SIZE"] = os.environ.get("LOCAL_WORLD_SIZE", "1")
     try:
         import deepspeed
     except ImportError:

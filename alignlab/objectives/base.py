@@ -30,6 +30,9 @@ class BaseObjective:
     """``cpsft`` | ``cpo``: its rows are conditioned (data.condition)"""
     hints: ClassVar[dict[str, str]] = {}
 
+    needs_flag: str | None = None
+    """a number of the pairs that has to be set on one training pair at least (``data.<name>`` sets it on all)"""
+
     def __init__(self, config: Any = None) -> None:
         self.config = self.Config() if config is None else config
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from alignlab.errors import DataError
 from alignlab.metrics import stat
 from alignlab.objectives.base import BaseObjective, one_of, pair_value, within
 from alignlab.types import Ask, LossOutput, PackedBatch, Score, StepContext, Unit
@@ -30,10 +30,14 @@ class RewardConfig:
         default=None, metadata={"live": ({"loss_type": "eurus"}, {"loss_type": "eurus", "absolute_weight": 2.0})}
     )
     """eurus: weight of the absolute terms; default 1, the paper's."""
+    pair_weight: float | None = field(
+        default=None, metadata={"live": ({"loss_type": "eurus"}, {"loss_type": "eurus", "pair_weight": 0.0})}
+    )
+    """eurus: weight of the pair term of flagged pairs, 1 for the others; default 1. 0 is the paper's row without it."""
 
     def __post_init__(self) -> None:
         one_of("loss_type", self.loss_type, ("bradley_terry", "eurus"))
-        for key in ("center_rewards_coefficient", "absolute_weight"):
+        for key in ("center_rewards_coefficient", "absolute_weight", "pair_weight"):
             if getattr(self, key) is not None:
                 within(key, getattr(self, key), 0.0)
 
@@ -44,6 +48,8 @@ class Reward(BaseObjective):
     ``s`` is the logistic function (arXiv 2404.02078, section 3).  BT fixes differences only; the absolute terms are
     cross-entropy with the reward as logit, they anchor zero.  The paper applies them to UltraInteract's pairs alone:
     ``data.absolute`` or a source's ``absolute`` sets the flag.  All terms divide by *all* pairs of the step.
+    ``pair_weight=0`` takes the pair term from flagged pairs alone: the others have no other term to learn from, and the
+    paper's Table 4 ("without L_BT") does not say what became of them.
 
     The reward is a bias-free linear head's output at the last token of the rendered row.  Pairs are weighted by
     ``weight``.  Statistics: TRL's names, and how often rewards have the right sign.
@@ -54,6 +60,15 @@ class Reward(BaseObjective):
     units = (Unit.PAIR,)
     example = Unit.PAIR
     head = "scalar"
+
+    @property
+    def needs_flag(self) -> str | None:  # type: ignore[override]
+        """The Eurus objective without a flagged pair is Bradley-Terry under another name."""
+        return "absolute" if self.config.loss_type == "eurus" else None
+
+    def absolute(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+        """The absolute terms of each pair, [P], from its two rewards, [P] each."""
+        return -logsigmoid(chosen) - logsigmoid(-rejected)
 
     def __call__(self, score: Score, batch: PackedBatch, context: StepContext) -> LossOutput:
         config = self.config
@@ -67,14 +82,14 @@ class Reward(BaseObjective):
         losses = -logsigmoid(logits)
         stats: dict[str, Any] = {}
         if config.loss_type == "eurus":
-            if "absolute" not in batch.pair_values:
-                raise DataError("objective.loss_type=eurus: no pair is flagged; set data.absolute=true or a source's")
             flagged = pair_value(batch, "absolute", rewards)
-            absolute = -logsigmoid(chosen) - logsigmoid(-rejected)
+            absolute = self.absolute(chosen, rejected)
             coefficient = 1.0 if config.absolute_weight is None else config.absolute_weight
             stats["loss/pair"] = stat(losses, weights)
             stats["loss/absolute"] = stat(absolute, weights * flagged)
             stats["absolute_share"] = stat(flagged, weights)
+            if config.pair_weight is not None:
+                losses = losses * (1 - flagged + config.pair_weight * flagged)
             losses = losses + coefficient * flagged * absolute
         if config.center_rewards_coefficient is not None:
             losses = losses + config.center_rewards_coefficient * (chosen + rejected) ** 2

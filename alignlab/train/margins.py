@@ -76,7 +76,14 @@ class MarginRecorder:
         first = self._index.sample_ptr[sample]
         order = np.lexsort((rejected - first, chosen - first, sample, step))  # whatever rank computed which pair
         columns = (step, sample, chosen - first, rejected - first, margins)
-        return pa.table([column[order] for column in columns], names=SCHEMA.names).cast(SCHEMA)
+        arrays = [_array(column[order], field.type) for column, field in zip(columns, SCHEMA, strict=True)]
+        return pa.table(arrays, schema=SCHEMA)
+
+
+def _array(values: np.ndarray, kind: pa.DataType) -> pa.Array:
+    # Not ``pa.array``, which imports pandas: the first line that is logged would wait for it.
+    exact = np.ascontiguousarray(values, kind.to_pandas_dtype())
+    return pa.Array.from_buffers(kind, len(exact), [None, pa.py_buffer(exact)])
 
 
 def read_margins(folder: Path) -> pa.Table:

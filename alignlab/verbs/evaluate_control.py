@@ -18,6 +18,7 @@ from alignlab.job import make_encoder, make_objective, needs_of
 from alignlab.models.load import load_model, resolve_dtype
 from alignlab.rewards.intervals import Draws
 from alignlab.runfolder import RunFolder, write_atomic
+from alignlab.scorers import TextScorer, named_scorers
 from alignlab.types import Unit
 from alignlab.verbs.options import measurement_name, own_options
 from alignlab.verification import Answer, Prompt, answers, as_json, prompts_of
@@ -40,11 +41,14 @@ class Options:
     """Measures of the Pareto front; default: those that no condition controls."""
     resamples: int = RESAMPLES
     """Draws of the bootstrap over prompts; ``seed`` is the run's."""
+    score: list[str] = field(default_factory=list)
+    """More measures: ``NAME=SCORER`` (:mod:`alignlab.scorers`), e.g. ``[helpfulness=runs/rm]``."""
 
 
 def run(request: Request, config: RootConfig, folder: RunFolder | None) -> int:
     """Print the tables; JSON and the run's ``eval/control-<rows>-<8 hex>.{json,png}`` hold all figures and texts."""
     options = own_options(request, Options)
+    scorers = named_scorers(options.score, config)
     needs = needs_of(make_objective(config)) if config.objective is not None else Needs(Unit.SEQUENCE)
     if needs.stage is None:
         raise ConfigError(
@@ -68,14 +72,21 @@ def run(request: Request, config: RootConfig, folder: RunFolder | None) -> int:
         for prompt in prompts
     ]
     found = _answered(config, tokenizer, encoder, asked)
+    found = _scored(found, [prompt for _ in conditions for prompt in prompts], scorers)
     readings = _readings(found)
-    meter = control.meter(readings, Draws(options.resamples, config.seed), _known(options.front, readings))
+    draws, continuous = Draws(options.resamples, config.seed), [n for n, s in scorers.items() if not s.is_verifier]
+    meter = control.meter(readings, draws, _known(options.front, readings), continuous)
     print("\n".join(control.table_text(meter)))
-    result = {"model": config.model.name_or_path, "prompts": len(prompts), "levels": levels, **control.as_json(meter)}
+    judges = {name: scorer.identity for name, scorer in scorers.items()}
+    result = {
+        "model": config.model.name_or_path, "prompts": len(found) // len(conditions), "levels": levels,
+        "scorers": judges,
+        **control.as_json(meter),
+    }  # fmt: skip
     if folder is not None:
         folder.eval.mkdir(exist_ok=True)
         said = {k: v for k, v in schema.flatten(config).items() if k.startswith("objective.")}
-        name = f"control-{measurement_name(config, 'grid', said | {'prompts': options.prompts})}"
+        name = f"control-{measurement_name(config, 'grid', said | {'prompts': options.prompts, 'score': judges})}"
         path = folder.eval / f"{name}.json"
         write_atomic(path, json.dumps({**result, "answers": as_json(found)}, indent=1, ensure_ascii=False) + "\n")
         path.with_suffix(".png").write_bytes(control.plot(meter))
@@ -127,11 +138,35 @@ def _answered(config: RootConfig, tokenizer: Any, encoder: Encoder, asked: list[
     )  # fmt: skip
 
 
+def _scored(found: list[Answer], plain: list[Prompt], scorers: dict[str, TextScorer]) -> list[Answer]:
+    """``found`` with the scorers' measures; a scorer sees the prompt as it is without a condition."""
+    for name, scorer in scorers.items():
+        if any(name in answer.measures[0] for answer in found):
+            raise ConfigError(f"score: '{name}' is what the verifier measures already; call it otherwise")
+        scores = scorer([replace(answer, prompt=prompt) for answer, prompt in zip(found, plain, strict=True)])
+        found = [
+            replace(answer, measures=[answer.measures[0] if own[0] is None else {**answer.measures[0], name: own[0]}])
+            for answer, own in zip(found, scores, strict=True)
+        ]
+    # The grid stays full: a prompt counts under all conditions or under none.
+    lost = {
+        prompt.id
+        for answer, prompt in zip(found, plain, strict=True)
+        if not scorers.keys() <= answer.measures[0].keys()
+    }
+    if lost:
+        print(f"unscored prompts left out: {len(lost)} (an answer to them is empty or too long for a scorer)")
+    kept = [answer for answer, prompt in zip(found, plain, strict=True) if prompt.id not in lost]
+    if not kept:
+        raise DataError("score: every prompt has an answer that a scorer cannot take (empty or too long)")
+    return kept
+
+
 def _readings(found: list[Answer]) -> list[control.Reading]:
     if not found[0].measures[0]:
         raise ConfigError(
             "evaluate control=true: nothing measures the answers; name a verifier: eval.verifier=NAME (your own: "
-            "plugins=[./mine.py] with @register_verifier)"
+            "plugins=[./mine.py] with @register_verifier), or a reward model: score=[NAME=runs/rm]"
         )
     return [control.Reading(a.prompt.id, a.prompt.requested, a.measures[0]) for a in found]
 

@@ -77,6 +77,8 @@ def _check(request: Request, options: Options, names: list[str]) -> None:
     problems = []
     if request.target is not None or request.config.model.name_or_path != "???":
         problems.append("evaluate: rm= names the model; give no other one (model.dtype=, model.layout= ... are fine)")
+    if "" in names:
+        problems.append("rm: empty; give rm=<run, folder or hub name>")
     if not options.rm:
         problems.append("against=: say which model is compared with it, rm=<run, folder or hub name>")
     if len(names) > 2:

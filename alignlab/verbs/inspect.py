@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-import typing
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from alignlab.lint import clean, report
 from alignlab.lint.check import LintConfig, lint
 from alignlab.rowtext import marked, sample_text, tree_text
 from alignlab.types import EncodedSample
+from alignlab.verbs.options import own_options
 
 ROWS = 3
 
@@ -78,7 +77,7 @@ def _as_json(sample: EncodedSample, tokenizer: Any, mixes_inputs: bool) -> dict[
 def _lint(request: Request) -> int:
     """Exit code 1 where an error was found that no row's leaving mends."""
     config = request.config
-    settings, target = _lint_settings(request.own)
+    settings, target = _lint_settings(request)
     if target is not None:
         clean.check_target(target, config.data, overwrite=config.overwrite)
     encoder = make_encoder(config.model, config.data)[1] if config.model.name_or_path != schema.REQUIRED else None
@@ -100,19 +99,12 @@ def _lint(request: Request) -> int:
     return 1 if errors else 0
 
 
-def _lint_settings(own: dict[str, Any]) -> tuple[LintConfig, Path | None]:
+def _lint_settings(request: Request) -> tuple[LintConfig, Path | None]:
     """(what to look for, where the cleaned rows go)."""
+    own = request.own
+    if str(own.get("lint", "true")).lower() not in ("true", "false"):
+        raise ConfigError(f"lint: {own['lint']} (expected true or false)")
     if str(own.get("lint", "false")).lower() != "true":
         raise ConfigError(f"{next(name for name in own)}: belongs to inspect --lint")
-    hints = typing.get_type_hints(LintConfig)
-    given: dict[str, Any] = {}
-    for field in dataclasses.fields(LintConfig):
-        raw = own.get(f"lint.{field.name}")
-        if raw is not None:
-            kind = hints[field.name]
-            try:
-                given[field.name] = schema.coerce(schema.from_text(raw, kind) if isinstance(raw, str) else raw, kind)
-            except ValueError as error:
-                raise ConfigError(f"lint.{field.name}: {raw} (expected {error})") from None
     target = Path(str(own["write"])).expanduser() if own.get("write") else None
-    return LintConfig(**given), target
+    return own_options(request, LintConfig, "lint."), target

@@ -83,7 +83,7 @@ def _step(request: Request, ledger: Ledger, value: str) -> int:
           f"{len(found['samples']):,} samples   {found['tokens']:,} tokens, {found['supervised']:,} supervised   "
           f"hash {found['hash']}{skipped}")  # fmt: skip
     for one in found["samples"]:
-        print(_sample_text(one))
+        print(sample_text(one))
     emit(request, found)
     return 0
 
@@ -118,7 +118,7 @@ def _other(request: Request, name: str, ledger: Ledger, value: str) -> int:
         for run_name, only in zip((name, value), parted.only, strict=True):
             print(f"only in  {run_name}: {len(only):,} samples of that step")
             for one in only[:LISTED]:
-                print(_sample_text(one))
+                print(sample_text(one))
             if len(only) > LISTED:
                 print(f"  and {len(only) - LISTED:,} more (--json)")
         result |= {"first_difference": parted.step, "only": list(parted.only)}
@@ -135,7 +135,7 @@ def _span(ledger: Ledger) -> str:
     return f"{len(steps):,} steps ({steps[0]:,} to {steps[-1]:,})" if len(steps) else "no step"
 
 
-def _sample_text(one: Mapping[str, Any]) -> str:
+def sample_text(one: Mapping[str, Any]) -> str:
     examples = f"   {one['examples']} examples" if one["examples"] > 1 else ""
     source = f"   {one['source']}" if one["source"] else ""
     return (

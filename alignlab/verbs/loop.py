@@ -24,10 +24,11 @@ from alignlab.models.load import load_model, resolve_dtype
 from alignlab.report import curves_svg
 from alignlab.rounds import Scored, preference_rows
 from alignlab.runfolder import write_atomic
+from alignlab.scorers import VERIFIER, TextScorer, make_scorer, means
 from alignlab.stages import Stage, run_stages, train
 from alignlab.types import Unit
 from alignlab.verbs.options import own_options
-from alignlab.verification import Answer, Prompt, answers, prompts_of, summary
+from alignlab.verification import Answer, Prompt, answers, measures_of, prompts_of, summary
 
 CHOICES = {"policy_init": ("previous", "initial"), "reference": ("round", "initial")}
 
@@ -42,8 +43,12 @@ class Options:
     samples: int = 8
     """Answers to each prompt."""
     temperature: float = 1.0
+    scorer: str = VERIFIER
+    """Who scores the answers: verifier, or a reward model (a run, a folder, a hub name)."""
     measure: str = "correct"
-    """The verifier's measure that is the score."""
+    """The verifier's measure that is the score where a verifier scores; with a reward model it is shown beside."""
+    own_answer: bool = False
+    """The row's own answer is scored too, and may be a prompt's best or worst one."""
     threshold: float = 0.0
     """Best and worst answer must be more than this apart."""
     policy_init: str = "previous"
@@ -61,15 +66,18 @@ def run(request: Request) -> int:
     options, config = own_options(request, Options), request.config
     objective = make_objective(config)
     _check(options, config, objective)
+    scorer = make_scorer(options.scorer, config, options.measure)
     folder = names.beside_runs(
         config, "loops", lambda: {"numbers": names.number_keys(config), "options": vars(options)}
     )
     form = "labels" if objective.example is Unit.SEQUENCE else "pairs"
     print(f"loop     {folder.name} -> {folder}")
-    print(f"rounds   {options.rounds} of {options.prompts} prompts x {options.samples} answers, scored by "
-          f"'{options.measure}'; policy_init {options.policy_init}, reference {options.reference}, data_window "
+    judge = f"'{options.measure}'" if scorer.is_verifier else options.scorer
+    own = " and the row's own" if options.own_answer else ""
+    print(f"rounds   {options.rounds} of {options.prompts} prompts x {options.samples} answers{own}, scored by "
+          f"{judge}; policy_init {options.policy_init}, reference {options.reference}, data_window "
           f"{options.data_window or 'all'}")  # fmt: skip
-    stages = list(_stages(request, options, form, folder))
+    stages = list(_stages(request, options, scorer, form, folder))
 
     def say(name: str, new: bool, seconds: float) -> None:
         print(f"stage    {name:<20} {f'{seconds:.0f} s' if new else 'done before'}", flush=True)
@@ -81,9 +89,14 @@ def run(request: Request) -> int:
     write_atomic(folder / "loop.json", json.dumps({"rounds": table}, indent=1) + "\n")
     measured = [name for name, value in table[-1].items() if isinstance(value, float)]
     series = {name: [(row["round"], row[name]) for row in table if name in row] for name in measured}
-    panels = [[options.measure], ["sampled"], *([name] for name in series if name not in (options.measure, "sampled"))]
+    first = [name for name in (options.measure, "score", "sampled") if name in series]
+    panels = [[name] for name in (*first, *(name for name in series if name not in first))]
     write_atomic(folder / "curve.svg", curves_svg(series, panels, over="round"))
-    emit(request, {"path": str(folder), "rounds": table, "model": results[f"round-{options.rounds}/train"]["model"]})
+    last = f"round-{options.rounds}"
+    emit(request, {
+        "path": str(folder), "rounds": table, "before": results["round-0/evaluate"],
+        "after": results[f"{last}/evaluate"], "model": results[f"{last}/train"]["model"],
+    })  # fmt: skip
     return 0
 
 
@@ -113,15 +126,15 @@ def _check(options: Options, config: RootConfig, objective: Any) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def _stages(request: Request, options: Options, form: str, folder: Path) -> Iterator[Stage]:
+def _stages(request: Request, options: Options, scorer: TextScorer, form: str, folder: Path) -> Iterator[Stage]:
     config: RootConfig = request.config
     initial = config.model.name_or_path
     policies = [initial]  # by round; a run's place is known before it is there
-    said = names.number_keys(config)
-    yield _evaluation(config, options, 0, initial, said)
+    said = names.number_keys(config) | {"scorer": scorer.identity}
+    yield _evaluation(config, options, scorer, 0, initial, said)
     for number in range(1, options.rounds + 1):
         own = folder / f"round-{number}"
-        yield _sampling(config, options, number, policies[-1], form, own)
+        yield _sampling(config, options, scorer, number, policies[-1], form, own)
         start = policies[-1] if options.policy_init == "previous" else initial
         first = 1 if options.data_window == 0 else max(1, number - options.data_window + 1)
         rows = [str(folder / f"round-{n}" / "samples" / "rows.jsonl") for n in range(first, number + 1)]
@@ -140,7 +153,7 @@ def _stages(request: Request, options: Options, form: str, folder: Path) -> Iter
             lambda place, trained=trained: train(trained, request.provenance, place),  # type: ignore[misc]
         )
         policies.append(str(own / "train" / "run" / "model"))
-        yield _evaluation(config, options, number, policies[-1], said)
+        yield _evaluation(config, options, scorer, number, policies[-1], said)
 
 
 def _on(config: RootConfig, rows: list[str]) -> Any:
@@ -154,34 +167,51 @@ def _on(config: RootConfig, rows: list[str]) -> Any:
     return replace(data, path=None, sources=[SourceConfig(path=path) for path in rows])
 
 
-def _sampling(config: RootConfig, options: Options, number: int, policy: str, form: str, own: Path) -> Stage:
+def _sampling(
+    config: RootConfig, options: Options, scorer: TextScorer, number: int, policy: str, form: str, own: Path
+) -> Stage:  # fmt: skip
     def work(place: Path) -> dict[str, Any]:
         found = list(_answered(config, options, policy, _of_round(config, options, number), number))
-        scored = [Scored(a.prompt.id, a.prompt.messages, a.texts, _scores(a, options.measure)) for a in found]
+        if options.own_answer:
+            found = [_with_own(answer, config.eval.verifier) for answer in found]
+        scored = [
+            Scored(a.prompt.id, a.prompt.messages, a.texts, scores, a.measures, len(a.texts) > options.samples)
+            for a, scores in zip(found, scorer(found), strict=True)
+        ]
         rows, account = preference_rows(scored, threshold=options.threshold, form=form)
         if not rows:
             why = ", ".join(f"{reason} {count}" for reason, count in account.dropped.items())
             raise DataError(f"round {number}: no prompt gave a row ({why}); raise samples or temperature")
         write_atomic(place / "samples.jsonl", _lines([vars(one) for one in scored]))
         write_atomic(place / "rows.jsonl", _lines(rows))
-        return account.as_json()
+        sampled = summary([replace(a, measures=a.measures[: options.samples]) for a in found])
+        return account.as_json() | {"measures": sampled}
 
-    known = ("prompts", "samples", "temperature", "measure", "threshold")
-    said = {name: value for name, value in vars(options).items() if name in known}
+    known = ("prompts", "samples", "temperature", "measure", "own_answer", "threshold")
+    said = {name: value for name, value in vars(options).items() if name in known} | {"scorer": scorer.identity}
     rows = {k: v for k, v in schema.flatten(config).items() if k.startswith("data.")}
     inputs = {"policy": policy, **said, "form": form, "seed": config.seed, **_generation(config), **rows}
     return Stage(f"round-{number}/samples", inputs, work)
 
 
-def _evaluation(config: RootConfig, options: Options, number: int, policy: str, said: dict[str, Any]) -> Stage:
+def _with_own(answer: Answer, verifier: str | None) -> Answer:
+    """``answer`` with the row's own text as the last one, where the row has one."""
+    text = answer.prompt.answer
+    if text is None:
+        return answer
+    measures = [*answer.measures, measures_of(answer.prompt, text, verifier)]
+    return replace(answer, texts=[*answer.texts, text], measures=measures)
+
+
+def _evaluation(
+    config: RootConfig, options: Options, scorer: TextScorer, number: int, policy: str, said: dict[str, Any]
+) -> Stage:  # fmt: skip
     def work(place: Path) -> dict[str, Any]:
         prompts = list(prompts_of(config.data, _plain(config), held_out=True, limit=options.held_out))
         greedy = replace(options, temperature=0.0, samples=1)
         found = list(_answered(config, greedy, policy, prompts, number))
-        measures = summary(found)
-        if options.measure not in measures:
-            raise ConfigError(f"measure={options.measure}: the verifier measures {', '.join(measures) or 'nothing'}")
-        return {"prompts": len(prompts), **measures}
+        mean = means(scorer(found))  # a verifier that does not take the measure says so
+        return {"prompts": len(prompts), **summary(found), **({} if scorer.is_verifier else {"score": mean})}
 
     inputs = {"policy": policy, "held_out": options.held_out, **_generation(config), **said}
     return Stage(f"round-{number}/evaluate", inputs, work)
@@ -224,13 +254,6 @@ def _generation(config: RootConfig) -> dict[str, Any]:
     return {f"eval.{name}": getattr(config.eval, name) for name in known}
 
 
-def _scores(answer: Answer, measure: str) -> list[float]:
-    if any(measure not in measured for measured in answer.measures):
-        known = ", ".join(answer.measures[0]) or "nothing"
-        raise ConfigError(f"measure={measure}: the verifier of row {answer.prompt.id} measures {known}")
-    return [measured[measure] for measured in answer.measures]
-
-
 def _lines(rows: list[dict[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
@@ -240,6 +263,8 @@ def _line(results: dict[str, dict[str, Any]], number: int) -> dict[str, Any]:
     if number:
         made = results[f"round-{number}/samples"]
         row |= {"rows_from": made["kept"], "dropped": made["dropped"], "sampled": made["mean_score"]}
+        if "score" in results[f"round-{number}/evaluate"]:  # beside the scorer's opinion, the verifier's
+            row |= {f"sampled_{name}": value for name, value in made["measures"].items()}
         row |= {"train_steps": results[f"round-{number}/train"]["steps"]}
     measures = results[f"round-{number}/evaluate"]
     return row | {name: value for name, value in measures.items() if name != "prompts"}

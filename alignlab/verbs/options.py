@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from alignlab import names, schema
+from alignlab.checks import looks_secret
 from alignlab.cli import Request
 from alignlab.config import RootConfig
 from alignlab.errors import ConfigError
@@ -14,18 +15,25 @@ from alignlab.errors import ConfigError
 T = TypeVar("T")
 
 
-def own_options(request: Request, kind: type[T]) -> T:
-    """An instance of the dataclass ``kind``; ConfigError names every value that its type does not take."""
+def own_options(request: Request, kind: type[T], prefix: str = "") -> T:
+    """An instance of the dataclass ``kind``, its fields set as ``<prefix><field>``.
+
+    ConfigError names every value that its type does not take, or that looks like a secret.
+    """
     problems: list[str] = []
     values: dict[str, Any] = {}
     for name, wanted in typing.get_type_hints(kind).items():
-        if name not in request.own:
+        key = f"{prefix}{name}"
+        if key not in request.own:
             continue
-        raw: Any = request.own[name]
+        raw: Any = request.own[key]
+        if looks_secret(str(raw)):
+            problems.append(f"{key}: looks like a token or a password; put it into the environment")
+            continue
         try:
             values[name] = schema.coerce(schema.from_text(raw, wanted) if isinstance(raw, str) else raw, wanted)
         except (ValueError, ConfigError) as error:
-            problems.append(f"{name}: {raw} (expected {error})")
+            problems.append(f"{key}: {raw} (expected {error})")
     if problems:
         raise ConfigError("\n".join(problems))
     return kind(**values)

@@ -8,9 +8,9 @@ from typing import Any
 from alignlab import liveness
 from alignlab.cli import Request, emit
 from alignlab.config import RootConfig
-from alignlab.data import cache
+from alignlab.data import cache, condition_preview
 from alignlab.header import findings_text
-from alignlab.job import JobData, assemble, attach_reference, prepare_data
+from alignlab.job import JobData, assemble, attach_reference, check_flags, prepare_data
 from alignlab.models.load import fetch
 
 
@@ -29,6 +29,7 @@ def run(request: Request) -> int:
     if config.reference.name_or_path is not None and config.reference.name_or_path != config.model.name_or_path:
         fetch(replace(config.model, name_or_path=config.reference.name_or_path, revision=None))
     data = prepare_data(config)
+    check_flags(data)
     accounts = data.accounts()
     for name in [side for side in ("train", "held_out") if side in accounts]:
         manifest = accounts[name]
@@ -38,6 +39,8 @@ def run(request: Request) -> int:
             f"{manifest['read'] - manifest['kept']:,} dropped ({dropped}); {manifest['sequences']:,} sequences, "
             f"{manifest['pairs']:,} pairs, {manifest['tokens']:,} tokens"
         )
+    if conditions := accounts["train"]["conditions"]:
+        print("\n".join(condition_preview.table_text(conditions)))
     if text := findings_text(accounts):
         print(f"warning  {text}; listed in findings.jsonl of the index and of a run's data/")
     print(f"index    {data.train.folder}   ({'made' if data.train.fresh else 'cached'})")
@@ -51,7 +54,7 @@ def run(request: Request) -> int:
 
 def _reference(config: RootConfig, data: JobData) -> dict[str, Any] | None:
     """Compute the reference numbers of both sets of rows, unless they are there; None where the loss has none."""
-    if not data.objective.needs_reference:
+    if not data.objective.needs_reference and not any(probe.needs_reference for probe in data.probes):
         print(f"ref      {data.objective.name} needs no reference")
         return None
     job = assemble(replace(config, engine=replace(config.engine, name="local", offload_optimizer=False)), data)

@@ -10,7 +10,7 @@ from typing import Any
 
 from alignlab import dist, liveness
 from alignlab.cli import Request, emit
-from alignlab.job import assemble, attach_reference, prepare_data
+from alignlab.job import assemble, attach_reference, check_flags, prepare_data
 from alignlab.metrics import Meter, finish
 from alignlab.train.loop import Progress, context_of
 from alignlab.train.step import accumulate, with_statistics
@@ -21,6 +21,7 @@ def run(request: Request) -> int:
     liveness.gate(request)
     config = request.config
     data = prepare_data(config)
+    check_flags(data)
     dist.init(timeout=config.engine.timeout, group=config.engine.name.startswith("zero"))
     try:
         result = _first_step(config, data)

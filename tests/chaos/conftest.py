@@ -1,4 +1,4 @@
-"""One zygote for all chaos tests of a session."""
+"""One model and one cache for all chaos tests of a session."""
 
 from __future__ import annotations
 

@@ -26,30 +26,26 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false", "JE_ARROW_MALLOC_CONF": "background_thread:false",
-}  # fmt: skip
-"""One thread a process: what forks must not hold others (pyarrow's allocator starts one, unless told not to)."""
+sys.path.insert(0, str(ROOT / "tests"))
+
+import forks  # noqa: E402
 
 
 @dataclass
 class Started:
     """A launcher that runs, or ran."""
 
-    pid: int
+    process: subprocess.Popen[bytes] | forks.Started
     log: Path
     cwd: Path
-    popen: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
 
     def poll(self) -> int | None:
         """The launcher's exit code (negative: the signal that ended it), or None while it runs."""
-        if self.popen is not None:
-            return self.popen.poll()
-        try:
-            return int(Path(f"{self.log}.exit").read_text())
-        except FileNotFoundError:
-            return None
+        return self.process.poll()
 
     def wait(self, timeout: float = 120.0) -> int:
         """The exit code; TimeoutError, with everything of this run killed, when it takes too long."""
@@ -64,7 +60,7 @@ class Started:
     def pids(self) -> dict[str, int]:
         """Living processes by role: ``launcher``, ``agent``, ``0``, ``1``, ..."""
         found = {"launcher": self.pid}
-        if self.popen is not None:
+        if isinstance(self.process, subprocess.Popen):
             found |= _torchrun_tree(self.pid)
         else:
             with suppress(FileNotFoundError, ValueError):
@@ -152,12 +148,13 @@ class Run:
         if self.real:
             argv.append(f"plugins=[{HERE / 'faults.py'}]")  # always: a run keeps its plug-ins
             with log.open("wb") as stream:
-                popen = subprocess.Popen(
+                process = subprocess.Popen(
                     [sys.executable, "-m", "alignlab", *argv], cwd=self.folder, env={**os.environ, **env},
                     stdout=stream, stderr=subprocess.STDOUT,
                 )  # fmt: skip
-            return Started(popen.pid, log, self.folder, popen)
-        return Started(self.harness.order(argv, env, self.folder, log), log, self.folder)
+            return Started(process, log, self.folder)
+        with log.open("wb") as stream:
+            return Started(forks.start(*argv, cwd=self.folder, env=env, output=stream), log, self.folder)
 
     def finish(self, timeout: float = 120.0) -> dict[str, Any]:
         """Start once more and wait for the end; :meth:`outcome`."""
@@ -222,16 +219,15 @@ class Run:
 
 
 class Harness:
-    """A zygote, a model, a cache; makes runs below ``folder``."""
+    """A model, a cache; makes runs below ``folder``."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.environment = {**ENVIRONMENT, "ALIGNLAB_CACHE": str(self.folder / "cache"), "PYTHONPATH": str(ROOT)}
+        self.environment = {**forks.ENVIRONMENT, "ALIGNLAB_CACHE": str(self.folder / "cache")}
         self.model = self.folder / "model"
         if not (self.model / "config.json").exists():
             _make_model(self.model)
-        self._zygote: subprocess.Popen[bytes] | None = None
         self._count = 0
 
     def __enter__(self) -> Harness:
@@ -240,32 +236,7 @@ class Harness:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._zygote is not None:
-            assert self._zygote.stdin is not None
-            self._zygote.stdin.close()
-            self._zygote.wait(30)
-
-    def order(self, argv: list[str], env: dict[str, str], cwd: Path, log: Path) -> int:
-        """Have the zygote fork a launcher; its process id."""
-        if self._zygote is None:
-            self._zygote = subprocess.Popen(
-                [sys.executable, str(HERE / "zygote.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=(self.folder / "zygote.log").open("ab"), env={**os.environ, **self.environment},
-            )  # fmt: skip
-            self._line()
-        assert self._zygote.stdin is not None
-        order = {"argv": argv, "env": env, "cwd": str(cwd), "log": str(log)}
-        self._zygote.stdin.write(json.dumps(order).encode() + b"\n")
-        self._zygote.stdin.flush()
-        return int(self._line()["pid"])
-
-    def _line(self) -> dict[str, Any]:
-        assert self._zygote is not None
-        assert self._zygote.stdout is not None
-        line = self._zygote.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the zygote ended: {(self.folder / 'zygote.log').read_text()[-2000:]}")
-        return json.loads(line)
+        forks.zygote.close()  # and with it what still runs
 
     def run(
         self,

@@ -28,12 +28,12 @@ LOADS = re.compile(
 CONNECTS = re.compile(
     r"(^|\.)(snapshot_download|hf_hub_download|load_dataset|urlopen|urlretrieve|create_connection|requests\.\w+"
     r"|httpx\.\w+|init_process_group|init_distributed|wandb\.init|SummaryWriter|push_to_hub|upload_folder|HfApi|TCPStore"
-    r"|HTTPServer|TCPServer|subprocess\.\w+|Popen|check_output|check_call|os\.system|os\.popen|os\.fork|os\.exec\w+"
+    r"|OpenAI|HTTPServer|TCPServer|subprocess\.\w+|Popen|check_output|check_call|os\.system|os\.popen|os\.fork|os\.exec\w+"
     r"|os\.spawn\w+|multiprocessing\.\w+|socket\.(?!gethostname$)\w+)$"
 )
 NETWORK_MODULES = {
     "requests", "httpx", "urllib", "urllib3", "http", "ssl", "ftplib", "smtplib", "aiohttp", "websockets",
-    "huggingface_hub", "datasets", "wandb", "paramiko", "xmlrpc", "socketserver", "asyncio",
+    "huggingface_hub", "datasets", "wandb", "openai", "paramiko", "xmlrpc", "socketserver", "asyncio",
 }  # fmt: skip
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}
 UNSAFE_LITERALS = {("weights_only", False), ("allow_pickle", True), ("trust_remote_code", True), ("shell", True)}

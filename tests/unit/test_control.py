@@ -70,6 +70,10 @@ def test_full_control_and_its_price() -> None:
     assert found.match["b"].value == 0.5
     # right: levels 1, 2, 3 answer 6, 4, 2 of 6 prompts; the front of the one free measure is its best cells
     assert [cell.means["right"] for cell in found.cells] == pytest.approx([1, 1, 4 / 6, 4 / 6, 2 / 6, 2 / 6])
+    assert found.control == pytest.approx(0.5)  # a follows fully (1), b never varies (0)
+    assert found.means == pytest.approx({"a": 2, "b": 1, "right": (1 + 4 / 6 + 2 / 6) / 3})
+    assert found.curve("a")[3.0] == pytest.approx({"a": 3, "b": 1, "right": 2 / 6})
+    assert control.as_json(found)["curves"]["b"]["2"]["right"] == pytest.approx((1 + 4 / 6 + 2 / 6) / 3)
     assert found.front_measures == ["right"]
     assert [found.cells[place].requested for place in found.front] == [{"a": 1, "b": 1}, {"a": 1, "b": 2}]
     assert found.free is not None
@@ -82,6 +86,7 @@ def test_no_control_is_no_correlation() -> None:
     found = control.meter(readings(follow=False), DRAWS)
     assert found.effect["a"]["a"] is None
     assert found.match["a"].value == pytest.approx(1 / 3)
+    assert found.control == 0
     assert "    -" in control.table_text(found)[1]
 
 

@@ -379,3 +379,21 @@ def test_a_runs_own_file_means_the_same_from_another_folder(tmp_path: Path, monk
     assert compose(["output_dir=here"], file=run / "run.yaml").config.output_dir == "here"
     monkeypatch.chdir(start)
     assert compose(file=run / "run.yaml").config.output_dir == "runs"
+
+
+def test_a_misspelt_key_of_the_verb_s_own_is_recognised() -> None:
+    with pytest.raises(ConfigError, match=r"unknown key 'lint\.ngrams': did you mean lint\.ngram\?"):
+        compose(["lint.ngrams=3"], own=("lint", "lint.ngram"))
+
+
+def test_a_source_of_a_mixture_may_be_a_named_one() -> None:
+    """What the option's file says holds, under the entry's own words."""
+    made = compose(
+        ["objective=sft", "model=tiny", "data.sources=[{path: ultrachat, weight: 0.5}, {path: gsm8k, split: test}]"]
+    )
+    chat, sums = made.config.data.sources
+    assert (chat.path, chat.split, chat.weight) == ("HuggingFaceH4/ultrachat_200k", "train_sft", 0.5)
+    assert chat.format == "messages"
+    assert (sums.path, sums.split, sums.format) == ("openai/gsm8k:main", "test", "questions")
+    with pytest.raises(ConfigError, match=r"data\.sources: .*cpo is a mixture itself; choose it with data=cpo"):
+        compose(["objective=sft", "model=tiny", "data.sources=[{path: cpo}]"])

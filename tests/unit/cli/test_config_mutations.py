@@ -97,6 +97,7 @@ ZERO_IS_FINE = {
     "objective.label_smoothing": "no label is flipped",
     "objective.max_lambda": "no residual connection",
     "objective.min_lambda": "the schedule starts at none",
+    "objective.pair_weight": "no pair term for flagged pairs",
     "objective.simpo_gamma": "no margin",
     "objective.undesirable_weight": "these rows weigh nothing",
     "optim.alpha": "no memory of squared gradients",

@@ -50,6 +50,7 @@ IDLE = [
     (["objective=dpo", "objective.bco_running_mean=true"], "loss_type=sigmoid", "objective.loss_type=bco_pair"),
     (["objective=cpo", "objective.loss_type=ipo", "objective.label_smoothing=0.1"], "ipo", "loss_type=sigmoid"),
     (["objective=reward", "objective.absolute_weight=2"], "loss_type=bradley_terry", "objective.loss_type=eurus"),
+    (["objective=reward", "objective.pair_weight=0"], "loss_type=bradley_terry", "objective.loss_type=eurus"),
     (["objective=ift", "objective.disturb_std=1"], "lambda_disturb=null", "objective.lambda_disturb=normal"),
     (["objective=ift", "objective.min_lambda=0.1"], "lambda_schedule=null", "objective.lambda_schedule=linear"),
     (["objective=ift", "objective.propagation=none", "objective.gamma=0.9"], "none", "propagation=product"),

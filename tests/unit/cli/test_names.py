@@ -51,7 +51,7 @@ def test_every_other_key_counts() -> None:
     assert {"objective.beta", "optim.learning_rate", "seed", "train.global_batch_size", "data.max_length"} <= set(
         counted
     )
-    assert all(names._is_speed(key) or key in ("data.merge_prompts", "data.leaks") for key in spared)
+    assert all(names.is_speed(key) or key in ("data.merge_prompts", "data.leaks") for key in spared)
     base = names.digest(counted)
     for key in counted:
         assert names.digest({**counted, key: "another value"}) != base

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 
 from alignlab import testing
@@ -66,11 +65,9 @@ def place(tmp_path: Path) -> Path:
 
 
 def alignlab(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ALIGNLAB_CACHE": str(folder / "cache")}
-    return subprocess.run(
-        [sys.executable, "-m", "alignlab", *words], cwd=folder, env=environment, capture_output=True, text=True,
-        check=False, timeout=200,
-    )  # fmt: skip
+    started = forks.start(*words, cwd=folder, env={"ALIGNLAB_CACHE": str(folder / "cache")})
+    out, err = started.communicate(timeout=200)
+    return subprocess.CompletedProcess(words, started.wait(), out, err)
 
 
 def test_one_file_is_enough(place: Path) -> None:

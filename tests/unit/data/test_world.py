@@ -132,3 +132,16 @@ def test_verifier_is_registered():
     verify = VERIFIERS.get("sums")
     row = next(islice(world.rows("pairs", 1), 1))
     assert verify(row["verify"], row["chosen"][0]["content"])["correct"] == 1.0
+
+
+def test_what_a_text_says_in_the_end():
+    refusal = "I cannot say how many now: a number is missing."
+    texts = ["38+5=43\nThe answer is 43.", "Tom has 43 nuts now.", "43", refusal]
+    assert [world.final_answer(text) for text in texts] == ["43", "43", "43", "unknown"]
+    assert [world.final_answer(text) for text in ("", "38+5=43\nwell")] == [None, None]
+    for i, row in enumerate(world.rows("scored", 40, seed=5)):
+        task = world.problem(5, "train", i)
+        right = "unknown" if task.answer is None else str(task.answer)
+        for completion in row["completions"]:
+            agrees = world.final_answer(completion["response"]) == right
+            assert agrees == bool(world.measure(row["verify"], completion["response"])["correct"])

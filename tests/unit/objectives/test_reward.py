@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from alignlab.errors import ConfigError, DataError
+from alignlab.job import check_flags
 from alignlab.objectives.reward import Reward, RewardConfig
 from alignlab.types import Unit
 
@@ -19,11 +23,11 @@ def log_sigmoid(x):
     return -math.log1p(math.exp(-x))
 
 
-def written_out(rewards, *, margin=True, absolute=0.0, centre=0.0):
+def written_out(rewards, *, margin=True, absolute=0.0, centre=0.0, pair=1.0):
     total = 0.0
     for (c, r), w, m, flag in zip(PAIRS, WEIGHTS, MARGINS, FLAGS, strict=True):
         good, bad = rewards[c], rewards[r]
-        loss = -log_sigmoid(good - bad - (m if margin else 0))
+        loss = -log_sigmoid(good - bad - (m if margin else 0)) * (pair if flag else 1.0)
         loss += absolute * flag * (-log_sigmoid(good) - log_sigmoid(-bad))
         total += w * (loss + centre * (good + bad) ** 2)
     return total
@@ -41,6 +45,8 @@ def batch(batch_of, pairs=PAIRS, keep=slice(None)):
         ({"margin": False}, {"margin": False}),
         ({"center_rewards_coefficient": 0.1}, {"centre": 0.1}),
         ({"loss_type": "eurus"}, {"absolute": 1.0}),
+        ({"loss_type": "eurus", "pair_weight": 0.0}, {"absolute": 1.0, "pair": 0.0}),
+        ({"loss_type": "eurus", "pair_weight": 0.25, "absolute_weight": 2.0}, {"absolute": 2.0, "pair": 0.25}),
         ({"loss_type": "eurus", "absolute_weight": 0.5, "center_rewards_coefficient": 0.2},
          {"absolute": 0.5, "centre": 0.2}),
     ],
@@ -60,12 +66,20 @@ def test_terms_written_out(options, terms, batch_of, table, step):
         assert score.values.grad[place].item() == pytest.approx(slope, rel=1e-6, abs=1e-9)
 
 
-def test_eurus_without_flags_is_refused_and_margins_may_be_absent(batch_of, table, step):
-    plain = batch_of([[0], [1]], [(0, 1)])
-    total, _ = step(Reward(), table(REWARDS), [plain])
+def test_margins_may_be_absent(batch_of, table, step):
+    total, _ = step(Reward(), table(REWARDS), [batch_of([[0], [1]], [(0, 1)])])
     assert total.item() == pytest.approx(-log_sigmoid(0.7))
-    with pytest.raises(DataError, match=r"data\.absolute=true"):
-        step(Reward(RewardConfig(loss_type="eurus")), table(REWARDS), [plain])
+
+
+@pytest.mark.parametrize(("loss_type", "absolute", "refused"), [
+    ("eurus", [0.0, 0.0], True), ("eurus", [0.0, 1.0], False), ("bradley_terry", [0.0, 0.0], False),
+])  # fmt: skip
+def test_eurus_on_rows_without_a_flag_is_refused(loss_type, absolute, refused):
+    rows = SimpleNamespace(index=SimpleNamespace(pair_values={"absolute": np.array(absolute)}))
+    data = SimpleNamespace(objective=Reward(RewardConfig(loss_type=loss_type)), train=rows)
+    words = r"none of the 2 training pairs is; set data\.absolute=true"
+    with pytest.raises(DataError, match=words) if refused else nullcontext():
+        check_flags(data)
 
 
 def test_micro_batches_add_up_and_statistics(batch_of, table, step):

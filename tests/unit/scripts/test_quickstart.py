@@ -1,4 +1,4 @@
-"""The quickstart's and the study's trainings compose, start from one another, and their interval is Student's."""
+"""The quickstart's and the study's trainings compose, start from one another."""
 
 from __future__ import annotations
 
@@ -28,10 +28,3 @@ def test_starts_come_before_what_starts_from_them() -> None:
         known.add(job.name)
     assert {row.job for row in quickstart.ROWS} <= known
     assert {name for _, run, control, _ in study.COMPARED for name in (run, control)} <= known
-
-
-def test_interval_by_hand() -> None:
-    """Differences 1, 2, 6: mean 3, deviation sqrt((4 + 1 + 9) / 2) = 2.6458, half width 4.303 x 2.6458 / sqrt(3)."""
-    mean, half = study.interval([1.0, 2.0, 6.0])
-    assert mean == 3.0
-    assert half == pytest.approx(4.303 * 7**0.5 / 3**0.5)

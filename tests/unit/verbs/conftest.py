@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 
 from alignlab.cli import main
@@ -33,6 +31,11 @@ class Answer:
         found = json.loads(self.out)
         assert isinstance(found, dict)
         return found
+
+
+@pytest.fixture(autouse=True)
+def _forked(forked: None) -> None:
+    """Ranks, stages and points that a command starts here are forks; starting them for real is tests/unit/cli's."""
 
 
 @pytest.fixture(scope="session")
@@ -81,13 +84,10 @@ def run(home: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]
 
 
 @pytest.fixture
-def start(home: Path) -> Callable[..., subprocess.Popen[str]]:
-    """Start a command as a process of its own, one thread, in the module's folder."""
+def start(home: Path) -> Callable[..., forks.Started]:
+    """Start a command as a process of its own in the module's folder."""
 
-    def command(*words: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "alignlab", *words], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=home,
-        )  # fmt: skip
+    def command(*words: str) -> forks.Started:
+        return forks.start(*words, cwd=home)
 
     return command

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from alignlab.verbs import evaluate_control
+from alignlab.verification import Answer, Prompt, measures_of
 
 Run = Callable[..., Any]
 BUCKET = "data.condition.buckets=[{condition: {steps: any, phrasing: any}, max_count: 1000}]"
@@ -42,9 +45,52 @@ def test_every_prompt_is_answered_under_every_condition(run: Run, home: Path, co
     assert pictures[0].with_suffix(".json").exists()
 
 
+def answered(model: Any, tokenizer: Any, encoder: Any, prompts: list[Prompt], **_: Any) -> Iterator[Answer]:
+    """One text for each row's prompt under any condition; under the fourth condition the first row's is empty."""
+    rows = len({prompt.id for prompt in prompts})
+    for number, prompt in enumerate(prompts):
+        text = "" if number == 3 * rows else f"The answer is {number % rows}."
+        yield Answer(prompt, [text], [measures_of(prompt, text)])
+
+
+def test_a_reward_model_and_a_callable_measure_too(
+    run: Run, home: Path, controlled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "words.py").write_text(
+        "from alignlab.registry import register_verifier\n\n\n"
+        "@register_verifier('length')\n"
+        "def length(verify, completion):\n"
+        "    return {'characters': float(len(completion))}\n"
+    )
+    answer = run(
+        "train", f"model={controlled}/model", "objective=reward", "data=sums", "data.options={rows: 8}", "engine=local",
+        "train.max_steps=1", "train.global_batch_size=4", "run.name=judge",
+    )  # fmt: skip
+    assert answer.code == 0, answer.err
+    monkeypatch.setattr(evaluate_control, "answers", answered)
+    words = ["evaluate", str(controlled), "control=true", "prompts=6", "resamples=20", "plugins=[./words.py]"]
+    answer = run(*words, "score=[reward=runs/judge, size=length:characters]", "--json")
+    assert answer.code == 0, answer.err
+    assert "unscored prompts left out: 1 (" in answer.err
+    found = answer.json
+    assert found["prompts"] == 5
+    assert [cell["answers"] for cell in found["cells"]] == [5] * 9
+    assert {"reward", "size", "correct"} <= set(found["effect"]["steps"])
+    assert found["scorers"]["size"] == "length:characters"
+    # The same text under every condition, which the reward model does not see: the same reward.
+    rewards = [cell["means"]["reward"] for cell in found["cells"]]
+    assert rewards == pytest.approx([rewards[0]] * 9, rel=1e-5)
+    assert set(found["match"]) == {"phrasing", "steps"}
+    taken = run(*words, "score=[steps=runs/judge]")
+    assert taken.code == 2
+    assert "'steps' is what the verifier measures already" in taken.err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (("rm=runs/x",), "several measurements; reward models as measures are score=[NAME=MODEL]"),
+        (("score=[beauty:length]",), "no verifier is called so"),
         (("front=[speed]",), "not measured: speed; there is correct, honesty, phrasing, steps"),
         (("data.condition.levels={steps: [2], phrasing: [1, 2]}",), "'steps' has 1 level(s)"),
         (("objective=sft",), "knows no conditions"),

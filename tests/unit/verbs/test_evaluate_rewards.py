@@ -297,7 +297,7 @@ def test_rows_that_end_with_the_pad_token_are_said(run: Run, home: Path, foreign
         (["rm={foreign}"], "data is missing"),
         (["{run}", "rm={foreign}", "data={data}"], "give no other one"),
         (["rm={foreign}", "model={small}", "data={data}"], "give no other one"),
-        (["against={foreign}", "data={data}"], "say which model is compared with it"),
+        (["against={foreign}", "data={data}"], "against= goes with rm=MODEL or with judge=MODEL"),
         (["rm=[a,b,c]", "data={data}"], "two models can be compared, not 3"),
         (["rm={foreign}", "data={data}", "resamples=few"], "resamples: few (expected a whole number)"),
         (["rm={foreign}", "data={data}", "resamples=5"], "expected at least 100"),
@@ -363,9 +363,9 @@ def test_real_rows(run: Run, home: Path, foreign: Path) -> None:
 def test_the_commands_of_the_page(run: Run, home: Path) -> None:
     """What docs/reward-models.md tells to try, as it stands there."""
     text = (Path(__file__).resolve().parents[3] / "docs" / "reward-models.md").read_text(encoding="utf-8")
-    block = text.split("Try it")[1].split("\n\n")[1]
-    commands = [shlex.split(line)[1:] for line in block.splitlines()]
-    assert [words[0] for words in commands] == ["train", "train", "evaluate", "evaluate"]
+    blocks = [text.split("Try it")[1].split("\n\n")[1], text.split("The run's `eval/best_of")[1].split("\n\n")[1]]
+    commands = [shlex.split(line)[1:] for block in blocks for line in block.splitlines()]
+    assert [words[0] for words in commands] == ["train", "train", "evaluate", "evaluate", "train", "evaluate"]
     for words in commands:
         answer = run(*words)
         assert answer.code == 0, answer.err
@@ -374,3 +374,5 @@ def test_the_commands_of_the_page(run: Run, home: Path) -> None:
     assert both["comparison"]["against_model"] == "runs/rm-bt/model"
     assert (home / "reliability.png").is_file()
     assert list((home / "runs" / "rm-eurus" / "eval").glob("sums-rm-*.png"))
+    (pools,) = (home / "runs" / "policy" / "eval").glob("best_of-*.json")
+    assert {"best/eurus", "best/bt"} <= set(json.loads(pools.read_text())["ways"])

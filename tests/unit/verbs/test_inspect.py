@@ -171,6 +171,8 @@ def test_write_leaves_rows_out_with_a_reason_each_and_never_writes_over_a_file(
         (["--lint", "--write"], "--write needs a path"),
         (["--write", "c.jsonl"], "belongs to inspect --lint"),
         (["--lint", "lint.ngram=many"], "lint.ngram: many"),
+        (["--lint", "lint.ngrams=3"], "unknown key 'lint.ngrams': did you mean lint.ngram?"),
+        (["lint=maybe"], "lint: maybe (expected true or false)"),
         (["--lint", "lint.ngram=1"], "at least 2"),
         (["--lint", "lint.keep=[duplicat]"], "did you mean duplicate"),
         (["--lint", "lint.benchmark=absent.jsonl"], "absent.jsonl: no such file"),

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from alignlab.cli import main
+
 Run = Callable[..., Any]
 
 
@@ -32,6 +34,17 @@ def plugin(home: Path) -> None:
         "def length(verify, completion):\n"
         "    return {'words': float(len(completion))}\n"
     )
+
+
+@pytest.fixture(scope="module")
+def judge(home: Path, small_model: Path) -> str:
+    """A reward model of two steps: its opinions are noise, but they are its own."""
+    words = [
+        "train", "objective=reward", f"model={small_model}", "data=sums", "data.options={rows: 8}", "engine=local",
+        "launch=inline", "train.global_batch_size=4", "train.max_steps=2", "optim.learning_rate=1e-2", "run.name=judge",
+    ]  # fmt: skip
+    assert main(words) == 0
+    return "runs/judge"
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -110,3 +123,37 @@ def test_a_measure_that_nobody_takes(run: Run, words: list[str], plugin: None) -
     answer = run(*words[:-3], "measure=beauty", "run.name=ugly", words[-1])
     assert answer.code == 2
     assert "measures words" in answer.err
+
+
+def test_a_reward_model_scores_and_the_verifier_is_shown_beside(
+    run: Run, words: list[str], plugin: None, judge: str
+) -> None:
+    changed = [w for w in words if w.partition("=")[0] not in ("run.name", "rounds")]
+    answer = run(*changed, "rounds=1", f"scorer={judge}", "own_answer=true", "run.name=judged")
+    assert answer.code == 0, answer.err
+    folder = Path("loops/judged")
+    table = json.loads((folder / "loop.json").read_text())["rounds"]
+    assert {"score", "words"} <= set(table[0])  # greedy answers, as the reward model and as the verifier sees them
+    assert {"sampled", "sampled_words"} <= set(table[1])
+    samples = lines(folder / "round-1/samples/samples.jsonl")
+    assert all(len(one["texts"]) == 4 and one["own"] for one in samples)  # three of the policy, one of the row
+    assert all(one["texts"][-1] for one in samples)
+    assert all(len(one["measures"]) == 4 for one in samples)
+    stage = json.loads((folder / "round-1/samples/stage.json").read_text())
+    assert stage["inputs"]["scorer"].startswith("model#")  # the contents of its folder
+    rows = {row["id"]: row for row in lines(folder / "round-1/samples/rows.jsonl")}
+    for one in samples:
+        scores = [score for score in one["scores"] if score is not None]
+        if len(set(scores)) > 1:
+            assert rows[one["id"]]["score_chosen"] == max(scores)
+            assert rows[one["id"]]["score_rejected"] == min(scores)
+    assert sum(stage["result"]["own"].values()) == stage["result"]["kept"]
+
+
+def test_a_scorer_that_is_none(run: Run, words: list[str], plugin: None, small_model: Path) -> None:
+    answer = run(*words, f"scorer={small_model}")
+    assert answer.code == 2
+    assert "ForCausalLM" in answer.err
+    answer = run(*words, "scorer=beauty")
+    assert answer.code == 2
+    assert "no verifier is called so (verifier, choice, length, number, sums)" in answer.err

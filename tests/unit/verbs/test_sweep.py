@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-Start = Callable[..., "subprocess.Popen[str]"]
+Start = Callable[..., Any]
 
 
 def results(path: Path) -> list[dict[str, str]]:

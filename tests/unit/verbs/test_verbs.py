@@ -6,11 +6,13 @@ import json
 import math
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 
 from alignlab import job as job_module
@@ -180,14 +182,29 @@ def test_the_same_command_again_says_finished(run: Run, settings: list[str], tra
     assert (found["state"], found["exit_code"], found["step"]) == ("done", 0, 4)
 
 
-def test_train_json_is_one_object(start: Callable[..., subprocess.Popen[str]], settings: list[str]) -> None:
-    """On the real standard output of a process of its own; the lines for people are on standard error."""
-    process = start("train", *settings, "run.name=object", "--json")
+def test_train_json_is_one_object(home: Path, settings: list[str]) -> None:
+    """On the real standard output of a real process; the lines for people are on standard error."""
+    command = [sys.executable, "-m", "alignlab", "train", *settings, "run.name=object", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=home, check=False)
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["state"], found["step"]) == (0, "done", 4)
+    assert [line.split()[0] for line in done.stderr.splitlines()][:2] == ["run", "object"]
+    assert "done" in done.stderr
+
+
+def test_a_fork_does_what_a_process_does(start: Callable[..., forks.Started], home: Path, settings: list[str]) -> None:
+    """To the last bit; most tests that start a command start a fork (``tests/forks.py``)."""
+    real = home / "runs" / "object" / "metrics.jsonl"
+    if not real.exists():
+        command = [sys.executable, "-m", "alignlab", "train", *settings, "run.name=object"]
+        subprocess.run(command, capture_output=True, timeout=200, cwd=home, check=True)
+    process = start("train", *settings, "run.name=forked", "--json")
     out, err = process.communicate(timeout=200)
-    found = json.loads(out)
-    assert (process.returncode, found["state"], found["step"]) == (0, "done", 4)
+    assert (process.returncode, json.loads(out)["state"]) == (0, "done")
     assert [line.split()[0] for line in err.splitlines()][:2] == ["run", "object"]
-    assert "done" in err
+    assert numbers(records(home / "runs" / "forked" / "metrics.jsonl")) == numbers(records(real))
+    weights = [home / "runs" / name / "model" / "model.safetensors" for name in ("forked", "object")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -248,7 +265,7 @@ def test_export_of_a_finished_run_is_its_model(run: Run, home: Path, trained: Pa
 LONG = ["train.max_steps=40", "data.options={rows: 32, eval_rows: 4}"]
 
 
-def stop_in_the_middle(process: subprocess.Popen[str], folder: Path) -> tuple[int, int]:
+def stop_in_the_middle(process: forks.Started, folder: Path) -> tuple[int, int]:
     """SIGTERM after the third step: (exit code, steps done)."""
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and process.poll() is None:
@@ -265,7 +282,7 @@ def stop_in_the_middle(process: subprocess.Popen[str], folder: Path) -> tuple[in
 
 
 @pytest.fixture
-def unbroken(start: Callable[..., subprocess.Popen[str]], home: Path, settings: list[str]) -> list[dict[str, Any]]:
+def unbroken(start: Callable[..., forks.Started], home: Path, settings: list[str]) -> list[dict[str, Any]]:
     """The steps of the long run without a stop."""
     folder = home / "runs" / "unbroken"
     if not folder.exists():
@@ -280,7 +297,7 @@ def numbers(found: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(
-    start: Callable[..., subprocess.Popen[str]], run: Run, home: Path, settings: list[str],
+    start: Callable[..., forks.Started], run: Run, home: Path, settings: list[str],
     unbroken: list[dict[str, Any]],
 ) -> None:  # fmt: skip
     folder = home / "runs" / "stopped"
@@ -311,7 +328,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(
 
 @pytest.mark.nightly  # of the chaos tests' kind: two launches of torchrun
 def test_sigterm_to_two_ranks(
-    start: Callable[..., subprocess.Popen[str]], home: Path, settings: list[str], unbroken: list[dict[str, Any]]
+    start: Callable[..., forks.Started], home: Path, settings: list[str], unbroken: list[dict[str, Any]]
 ) -> None:
     folder = home / "runs" / "two"
     words = ["train", *settings, *LONG, "run.name=two", "engine=zero2", "launch.nproc=2"]
