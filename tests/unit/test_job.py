@@ -63,17 +63,18 @@ def losses(made: Job) -> list[float]:
     return seen
 
 
-def test_a_kernel_that_serves_gets_plans_without_groups(
+def test_a_kernel_that_serves_gets_ragged_plans(
     make: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = make("optim.learning_rate=1e-3")
     assert "attention" not in plain.layout_line  # on a CPU there is nothing to say
     served = make("optim.learning_rate=1e-3", serves=SOUND)
     assert served.layout_line.endswith("; attention by a sound kernel")
-    for made, grouped in ((plain, True), (served, False)):
+    for made, by_nodes in ((plain, True), (served, False)):
         batch = next(iter(made.loader.of(made.plans.at(0))))
         assert batch.plan is not None
-        assert bool(batch.plan.groups) == grouped
+        assert (batch.plan.nodes is not None) == by_nodes
+        assert not batch.plan.groups
     monkeypatch.setattr(ragged, "kernel_for", lambda *arguments: (SOUND, ""))
     assert losses(served) == pytest.approx(losses(plain), rel=1e-5)
 
