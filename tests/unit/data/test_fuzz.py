@@ -43,6 +43,7 @@ def turn(role: str, content: str, **more: Any) -> Json:
 ASKED = [turn("system", "Be brief."), turn("user", "What is 2 + 2?\nShow it – please.")]
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": [2, None, True]}}}
 SHAPES: tuple[Json, ...] = (
+    {"id": "a1", "prompt": ASKED, "requested": {}, "texts": ["4", "5"], "measures": [{}, {}]},
     {
         "id": "m1",
         "source": "chat",

@@ -156,4 +156,4 @@ def test_a_scorer_that_is_none(run: Run, words: list[str], plugin: None, small_m
     assert "ForCausalLM" in answer.err
     answer = run(*words, "scorer=beauty")
     assert answer.code == 2
-    assert "no verifier is called so (verifier, choice, length, number, sums)" in answer.err
+    assert "no verifier is called so (verifier, choice, length, math, number, sums)" in answer.err
