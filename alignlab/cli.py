@@ -160,7 +160,7 @@ class Request:
     stated: frozenset[str] = frozenset()
     """the keys that the user or a recipe set"""
     reads: set[str] = field(default_factory=set)
-    """the keys read so far, where the configuration is watched (:mod:`alignlab.watch`)"""
+    """the keys read so far, where the configuration is watched (:mod:`alignlab.configuration.watch`)"""
     stdout: TextIO = field(default_factory=lambda: sys.stdout)
 
 
@@ -186,7 +186,7 @@ def emit(request: Request, result: dict[str, Any]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    from alignlab.schema import plain
+    from alignlab.configuration.schema import plain
 
     found = plain(value)
     return found if found is not value else str(value)
@@ -250,7 +250,7 @@ def _composed(arguments: _Arguments, stdout: TextIO, settings: dict[str, Any] | 
         request = make_request(verb, words, settings, json=arguments.json, compose=compose)
     request.stdout = stdout
     if arguments.sweep:
-        from alignlab.sweep import sweep
+        from alignlab.launching.sweep import sweep
 
         return sweep(request)
     return load(arguments.verb)(request)
@@ -282,7 +282,7 @@ def make_request(
 
 def compose_request(request: Request) -> None:
     """Fill in the configuration."""
-    from alignlab.compose import compose
+    from alignlab.configuration.compose import compose
 
     lints = request.verb == "inspect" and request.own  # rows alone can be looked at
     needs = ("data",) if lints else VERBS[request.verb].needs
@@ -302,7 +302,7 @@ def _target(verb: str, words: list[str]) -> tuple[str | None, list[str]]:
         is_token = word.startswith("-") or ("=" in word and not _is_path(word))
         (tokens if is_token else targets).append(word)
     if any(token.startswith("-") for token in tokens):
-        from alignlab.settings import from_tokens
+        from alignlab.configuration.settings import from_tokens
 
         problems: list[str] = []
         from_tokens(tokens, problems)
@@ -314,8 +314,8 @@ def _target(verb: str, words: list[str]) -> tuple[str | None, list[str]]:
 
 def _is_path(word: str) -> bool:
     """Whether ``a=b/run.yaml`` is a file: no section is called ``a``, and it is there."""
-    from alignlab.schema import schema
-    from alignlab.settings import GROUPS
+    from alignlab.configuration.schema import schema
+    from alignlab.configuration.settings import GROUPS
 
     section = word.partition("=")[0].partition(".")[0]
     known = {*GROUPS, *(key.partition(".")[0] for key in schema(None))}
@@ -442,7 +442,7 @@ def _chatter_to_stderr(active: bool) -> Iterator[None]:
 
 
 def _fail(error: AlignlabError, code: int, json: bool | Path, stdout: TextIO) -> int:
-    from alignlab.checks import redact
+    from alignlab.configuration.checks import redact
 
     text = redact(str(error))
     if code == 2 and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0":
@@ -456,7 +456,7 @@ def _fail(error: AlignlabError, code: int, json: bool | Path, stdout: TextIO) ->
 
 
 def _write_traceback(words: list[str]) -> str:
-    from alignlab.checks import redact
+    from alignlab.configuration.checks import redact
     from alignlab.data import cache
 
     text = redact(f"alignlab {' '.join(words)}\n\n{traceback.format_exc()}")

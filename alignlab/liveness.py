@@ -17,12 +17,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from alignlab import checks, names, schema, yamlio
 from alignlab.cli import Request
 from alignlab.config import OptimConfig, RootConfig
+from alignlab.configuration import checks, names, schema, yamlio
+from alignlab.configuration.watch import watched
 from alignlab.errors import ConfigError
 from alignlab.registry import OBJECTIVES
-from alignlab.watch import watched
 
 SECTIONS = ("objective", "optim")
 SELECTORS = ("objective.name", "optim.name")

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from alignlab import compose, keys, names, schema
+from alignlab.configuration import compose, keys, names, schema
 from alignlab.data.ledger_query import Ledger, Parting, parting
 from alignlab.engine import checkpoint
 from alignlab.equivalence.compare import FLOOR, ONE, relative
 from alignlab.errors import ConfigError
+from alignlab.measuring.report import Series, read_series
 from alignlab.registry import OBJECTIVES
-from alignlab.report import Series, read_series
 from alignlab.runfolder import RunFolder
 from alignlab.train.margins import read_margins
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alignlab import compose, names
 from alignlab.config import RootConfig
+from alignlab.configuration import compose, names
 from alignlab.data.cache import Claim
 from alignlab.errors import AlignlabError, ConfigError, Preempted
 from alignlab.processes import StopFlag, call

@@ -23,10 +23,10 @@ from alignlab.data.index import Index
 from alignlab.data.prepare import Needs, prepare, sources_of
 from alignlab.engine.base import check, resolve_name
 from alignlab.errors import AlignlabError, ConfigError
-from alignlab.job import make_encoder, make_objective, needs_of
 from alignlab.models import fourbit
 from alignlab.models.load import at_hand, check_same_tokens, load_tokenizer, resolve_dtype
 from alignlab.registry import OBJECTIVES
+from alignlab.runs.job import make_encoder, make_objective, needs_of
 
 ROWS = 64
 """So many rows of each source are looked at."""

@@ -1,6 +1,6 @@
 """One rank of a training run: everything between a frozen configuration and the exported model.
 
-Started by the launcher as ``python -m alignlab.rank RUN_FOLDER``, or called in its process for one device.
+Started by the launcher as ``python -m alignlab.launching.rank RUN_FOLDER``, or called in its process for one device.
 """
 
 from __future__ import annotations
@@ -18,23 +18,27 @@ from typing import Any, TextIO
 
 import torch
 
-from alignlab import dist, heartbeat, keys, nonfinite
-from alignlab.checks import redact
-from alignlab.compose import load_frozen
+from alignlab import dist, heartbeat
 from alignlab.config import RootConfig
+from alignlab.configuration import keys
+from alignlab.configuration.checks import redact
+from alignlab.configuration.compose import load_frozen
+from alignlab.configuration.schema import flatten
+from alignlab.configuration.watch import plain, watched
 from alignlab.data.ledger import SAMPLES_FILE, StepLedger
 from alignlab.data.loader import Ahead
 from alignlab.engine import checkpoint
 from alignlab.errors import AlignlabError, ConfigError, HangError, OutOfMemoryError, Preempted, StorageError
-from alignlab.export import export_model
-from alignlab.header import done_text, header, write_data_account
-from alignlab.job import Job, assemble, attach_reference, check_flags, prepare_data
-from alignlab.launch import captured_output
+from alignlab.launching.launch import captured_output
+from alignlab.measuring.verification import as_json, verified
 from alignlab.models.flops import ModelFlops, peak_rate
 from alignlab.processes import StopFlag
-from alignlab.resume import describe, resume
 from alignlab.runfolder import RunFolder, state_of, write_atomic
-from alignlab.schema import flatten
+from alignlab.runs import nonfinite
+from alignlab.runs.export import export_model
+from alignlab.runs.header import done_text, header, write_data_account
+from alignlab.runs.job import Job, assemble, attach_reference, check_flags, prepare_data
+from alignlab.runs.resume import describe, resume
 from alignlab.train.hooks import RunHooks
 from alignlab.train.logging import Console, Sink, json_numbers, make_sinks, peak_memory
 from alignlab.train.loop import BadStep, Progress, context_of, fit
@@ -43,8 +47,6 @@ from alignlab.train.rewards import evaluate_held_out
 from alignlab.train.shadow import evaluate_shadows
 from alignlab.train.step import passes
 from alignlab.types import Unit
-from alignlab.verification import as_json, verified
-from alignlab.watch import plain, watched
 
 SILENCE_SECONDS = 3.0
 """How long a failed rank waits for rank 0 to say what happened before it says so itself."""

@@ -20,7 +20,7 @@ from alignlab.data.index import Index
 from alignlab.data.plan import StepPlans, permutation
 from alignlab.data.prepare import Needs, prepare
 from alignlab.data.rows import read_rows
-from alignlab.job import make_encoder
+from alignlab.runs.job import make_encoder
 from alignlab.types import Sample, Unit
 
 SPARE = 4

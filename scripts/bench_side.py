@@ -139,8 +139,8 @@ def _hash_of(hashes: list[str]) -> str:
 def job_of(order: dict[str, Any], rows: Path, steps: int) -> tuple[Any, float]:
     """(the job that a run's worker would train, the seconds that its reference pass took)."""
     from alignlab import dist
-    from alignlab.compose import compose
-    from alignlab.job import assemble, attach_reference, prepare_data
+    from alignlab.configuration.compose import compose
+    from alignlab.runs.job import assemble, attach_reference, prepare_data
 
     settings = {
         "model": order["model"], "data": str(rows), "objective": order["objective"], "engine": "local",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from alignlab.report import read_series
+from alignlab.measuring.report import read_series
 
 DEFAULT_METRICS = ("loss", "rewards/accuracies", "rewards/margins", "grad_norm")
 

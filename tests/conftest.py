@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from alignlab import groups, processes, supervise
+from alignlab import processes
+from alignlab.configuration import groups
+from alignlab.launching import supervise
 from alignlab.registry import FORMATS, OBJECTIVES, VERIFIERS
 
 HERE = Path(__file__).parent
@@ -25,7 +27,7 @@ LONGEST = (
     "security/test_network.py",
     "unit/lint/test_lint.py",
     "chaos/test_numerics.py",
-    "unit/cli/test_compose.py",
+    "unit/configuration/test_compose.py",
     "unit/verbs/test_evaluate_rewards.py",
     "distributed/test_scorer.py",
     "unit/objectives/test_invariants.py",

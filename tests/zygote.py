@@ -28,13 +28,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 COMMAND = ["-m", "alignlab"]
-AGENT = ["-m", "alignlab.agent"]
+AGENT = ["-m", "alignlab.launching.agent"]
 MESSAGE = 1 << 20
 """The most bytes a message may have."""
 PRELOADED = (
     "deepspeed", "peft", "transformers.convert_slow_tokenizer", "transformers.models.auto.tokenization_auto",
-    "transformers.models.llama.modeling_llama", "alignlab.engine.deepspeed", "alignlab.sweep", "alignlab.testing",
-    "alignlab.verbs.env", "alignlab.verbs.train", "alignlab.worker",
+    "transformers.models.llama.modeling_llama", "alignlab.engine.deepspeed", "alignlab.launching.sweep",
+    "alignlab.testing", "alignlab.verbs.env", "alignlab.verbs.train", "alignlab.worker",
 )  # fmt: skip
 """What a run imports, also late in it."""
 
@@ -58,7 +58,7 @@ def preload() -> None:
     import transformers
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    from alignlab import compose, groups
+    from alignlab.configuration import compose, groups
     from alignlab.registry import OBJECTIVES
 
     for name in OBJECTIVES.names():
@@ -198,8 +198,9 @@ def _take_environment(environment: Mapping[str, str]) -> None:
 
 def run(command: list[str]) -> int:
     """What ``python COMMAND`` would do, for :func:`ours`."""
-    from alignlab import processes, supervise
+    from alignlab import processes
     from alignlab.cli import main
+    from alignlab.launching import supervise
 
     _own_thread_pool()
     if command[:2] == AGENT:
@@ -217,12 +218,12 @@ def run(command: list[str]) -> int:
 
 
 def agent(arguments: list[str]) -> int:
-    """What ``alignlab.agent`` does with torchrun: start the ranks, pass a signal on, stop all when one fails.
+    """What ``alignlab.launching.agent`` does with torchrun: start the ranks, pass a signal on, stop all when one fails.
 
     Writes ``pids.json`` into the working folder of the run's launcher, for those who want to kill.
     """
-    from alignlab.agent import PARENT, write_report
     from alignlab.errors import Preempted
+    from alignlab.launching.agent import PARENT, write_report
     from alignlab.processes import STOP_SIGNALS
 
     logs = Path(arguments[0])
@@ -273,7 +274,7 @@ def _rank(rank: int, module: str, arguments: list[str]) -> int:
     die_with_parent()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     _own_thread_pool()
-    if module != "alignlab.rank":
+    if module != "alignlab.launching.rank":
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return int(importlib.import_module(module).main(*arguments) or 0)
     from alignlab import worker

@@ -13,18 +13,20 @@ from typing import Any
 
 import torch
 
-from alignlab import compose, dist, launch, plugins
+from alignlab import dist
 from alignlab.config import RootConfig
+from alignlab.configuration import compose, plugins
 from alignlab.data.pack import plain_form
 from alignlab.equivalence.cells import EXACT, ROUNDING, Cell, Run, Tolerance, chosen, matrix
 from alignlab.equivalence.compare import Trace, allowed, differences
 from alignlab.equivalence.cut import first_layers
 from alignlab.equivalence.runs import Rows, base_config, execute
 from alignlab.errors import AlignlabError, CheckFailed, ConfigError, OutOfMemoryError
-from alignlab.job import make_objective
+from alignlab.launching import launch
 from alignlab.models.load import load_model, resolve_dtype
 from alignlab.models.proof import choose_layout
 from alignlab.runfolder import RunFolder, write_atomic
+from alignlab.runs.job import make_objective
 
 RANKS_MODULE = "alignlab.equivalence.ranks"
 LONGEST_WAIT = 120.0

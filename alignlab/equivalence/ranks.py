@@ -8,12 +8,12 @@ from dataclasses import asdict
 from typing import Any
 
 from alignlab import dist
-from alignlab.compose import load_frozen
+from alignlab.configuration.compose import load_frozen
 from alignlab.equivalence.cells import Run
 from alignlab.equivalence.compare import Trace
 from alignlab.equivalence.matrix import Outcome, attempt
 from alignlab.equivalence.runs import Rows
-from alignlab.launch import captured_output
+from alignlab.launching.launch import captured_output
 from alignlab.processes import die_with_parent
 from alignlab.runfolder import RunFolder, write_atomic
 

@@ -24,8 +24,8 @@ from alignlab.equivalence.cells import Run
 from alignlab.equivalence.compare import ONE, Trace, distance, relative
 from alignlab.equivalence.precision import whole_float64
 from alignlab.errors import CheckFailed, ConfigError, DataError
-from alignlab.export import export_model
-from alignlab.job import Job, JobData, assemble, attach_reference, prepare_data, reference_job
+from alignlab.runs.export import export_model
+from alignlab.runs.job import Job, JobData, assemble, attach_reference, prepare_data, reference_job
 from alignlab.train.loop import Progress, StepReport, fit
 from alignlab.train.reference import sequence_logps
 from alignlab.types import Ask, PackedBatch

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from alignlab.control import spearman
 from alignlab.judges.templates import Ranking
+from alignlab.measuring.control import spearman
 from alignlab.rewards.intervals import Draws, accuracy, mean
 
 

@@ -9,18 +9,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from alignlab import names
 from alignlab.config import DataConfig, ModelConfig, RootConfig, SourceConfig
+from alignlab.configuration import names
 from alignlab.data import cache
 from alignlab.data.examples import to_examples
 from alignlab.data.prepare import Needs, rows_of, sample_of, sources_of
 from alignlab.errors import ConfigError, DataError
 from alignlab.judges.templates import request_text
+from alignlab.measuring.sampling import sampled
+from alignlab.measuring.verification import Prompt, prompt_of
 from alignlab.models.load import model_folder
 from alignlab.runfolder import finished_model
-from alignlab.sampling import sampled
 from alignlab.types import Sample, Unit
-from alignlab.verification import Prompt, prompt_of
 
 ROWS = "rows"
 """The side that is the rows' own answers."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from alignlab import names, yamlio
+from alignlab.configuration import names, yamlio
 from alignlab.recipes.plan import Planned, stated
 from alignlab.recipes.work import manifests
 from alignlab.verbs.env import collect

@@ -20,12 +20,12 @@ import numpy as np
 from alignlab import dist
 from alignlab.config import ConditionConfig, DataConfig, EngineConfig, EvalConfig, ReferenceConfig, RootConfig
 from alignlab.errors import AlignlabError
-from alignlab.export import export_model
-from alignlab.job import Job, assemble, attach_reference, make_objective, needs_of, prepare_data
-from alignlab.launch import captured_output
+from alignlab.launching.launch import captured_output
 from alignlab.models.standin import write_standin
 from alignlab.recipes.plan import Planned
 from alignlab.runfolder import RunFolder, write_atomic
+from alignlab.runs.export import export_model
+from alignlab.runs.job import Job, assemble, attach_reference, make_objective, needs_of, prepare_data
 from alignlab.train.loop import Progress, StepReport, fit
 from alignlab.worker import library_log
 

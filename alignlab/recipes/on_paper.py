@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alignlab import slurm
 from alignlab.cli import Request, emit
+from alignlab.launching import slurm
 from alignlab.recipes.dry_run import dry_run_stages
 from alignlab.recipes.plan import Case, Planned, plan
 from alignlab.recipes.work import commands, prepare_files

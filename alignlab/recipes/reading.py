@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from alignlab import yamlio
+from alignlab.configuration import yamlio
 from alignlab.errors import ConfigError
 from alignlab.recipes import fields
 from alignlab.recipes.scale import KINDS, MODELS, READS, TRAINS, Broken, Metric, Scale, Stage, merged

@@ -11,11 +11,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from alignlab import yamlio
 from alignlab.cli import Request, emit
+from alignlab.configuration import yamlio
+from alignlab.configuration.schema import plain
 from alignlab.errors import ConfigError
 from alignlab.rundiff import TOLERANCE, Pair, Run, RunDiff, difference
-from alignlab.schema import plain
 from alignlab.verbs.ledger import sample_text
 
 USAGE = f"diff RUN_A RUN_B [tolerance={TOLERANCE:g}]"

@@ -14,19 +14,20 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alignlab import dist, schema
+from alignlab import dist
 from alignlab.cli import Request, emit
 from alignlab.config import RootConfig
+from alignlab.configuration import schema
 from alignlab.errors import ConfigError
-from alignlab.job import assemble, attach_reference, needs_of, prepare_data
 from alignlab.judges.sides import is_file
+from alignlab.measuring.verification import as_json, verified
 from alignlab.runfolder import RunFolder, write_atomic
+from alignlab.runs.job import assemble, attach_reference, needs_of, prepare_data
 from alignlab.train.loop import Progress, context_of
 from alignlab.train.rewards import evaluate_held_out
 from alignlab.train.shadow import evaluate_shadows
 from alignlab.verbs import evaluate_control, evaluate_judge, evaluate_reranking, evaluate_rewards, evaluate_tasks
 from alignlab.verbs.options import measurement_name
-from alignlab.verification import as_json, verified
 
 
 def run(request: Request) -> int:

@@ -7,21 +7,23 @@ from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from alignlab import control, dist, schema
+from alignlab import dist
 from alignlab.cli import Request, emit
 from alignlab.config import RootConfig
+from alignlab.configuration import schema
 from alignlab.data.condition import Conditioner
 from alignlab.data.prepare import Needs, rows_of, sample_of, sources_of
 from alignlab.data.template import Encoder
 from alignlab.errors import ConfigError, DataError
-from alignlab.job import make_encoder, make_objective, needs_of
+from alignlab.measuring import control
+from alignlab.measuring.scorers import TextScorer, named_scorers
+from alignlab.measuring.verification import Answer, Prompt, answers, as_json, prompts_of
 from alignlab.models.load import load_model, resolve_dtype
 from alignlab.rewards.intervals import Draws
 from alignlab.runfolder import RunFolder, write_atomic
-from alignlab.scorers import TextScorer, named_scorers
+from alignlab.runs.job import make_encoder, make_objective, needs_of
 from alignlab.types import Unit
 from alignlab.verbs.options import measurement_name, own_options
-from alignlab.verification import Answer, Prompt, answers, as_json, prompts_of
 
 PROMPTS = 50
 MOST_LEVELS = 10
@@ -42,7 +44,7 @@ class Options:
     resamples: int = RESAMPLES
     """Draws of the bootstrap over prompts; ``seed`` is the run's."""
     score: list[str] = field(default_factory=list)
-    """More measures: ``NAME=SCORER`` (:mod:`alignlab.scorers`), e.g. ``[helpfulness=runs/rm]``."""
+    """More measures: ``NAME=SCORER`` (:mod:`alignlab.measuring.scorers`), e.g. ``[helpfulness=runs/rm]``."""
 
 
 def run(request: Request, config: RootConfig, folder: RunFolder | None) -> int:

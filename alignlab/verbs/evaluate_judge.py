@@ -12,23 +12,23 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from alignlab import names
 from alignlab.cli import Request, emit
 from alignlab.config import RootConfig
+from alignlab.configuration import names
 from alignlab.data.condition import Conditioner
 from alignlab.errors import ConfigError, DataError
-from alignlab.job import make_objective, needs_of
 from alignlab.judges import report
 from alignlab.judges.endpoint import Endpoint, EndpointConfig, Estimate, Reply
 from alignlab.judges.panel import Panel, make_panel
 from alignlab.judges.sides import ROWS, Side, common, distinct, from_file, from_model, from_rows, is_file, named
 from alignlab.judges.templates import TEMPLATES
+from alignlab.measuring.sampling import asked
+from alignlab.measuring.verification import Prompt
 from alignlab.registry import unknown_name
 from alignlab.rewards.intervals import RESAMPLES, Draws
 from alignlab.runfolder import RunFolder, write_atomic
-from alignlab.sampling import asked
+from alignlab.runs.job import make_objective, needs_of
 from alignlab.verbs.options import measurement_name, own_options
-from alignlab.verification import Prompt
 
 
 @dataclass

@@ -6,22 +6,23 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from alignlab import dist, schema
+from alignlab import dist
 from alignlab.cli import Request, emit
 from alignlab.config import RootConfig
+from alignlab.configuration import schema
 from alignlab.data.prepare import Needs
 from alignlab.data.template import Encoder
 from alignlab.errors import ConfigError, DataError
-from alignlab.job import make_encoder, make_objective, needs_of
+from alignlab.measuring.reranking import Pool, table_text, ways
+from alignlab.measuring.scorers import Score, make_scorer, named_scorers
+from alignlab.measuring.verification import Answer, Prompt, answers, as_json, prompts_of
 from alignlab.models.load import load_model, resolve_dtype
 from alignlab.registry import FINAL_ANSWERS
-from alignlab.reranking import Pool, table_text, ways
 from alignlab.rewards.intervals import Draws
 from alignlab.runfolder import RunFolder, write_atomic
-from alignlab.scorers import Score, make_scorer, named_scorers
+from alignlab.runs.job import make_encoder, make_objective, needs_of
 from alignlab.types import Unit
 from alignlab.verbs.options import measurement_name, own_options
-from alignlab.verification import Answer, Prompt, answers, as_json, prompts_of
 
 PROMPTS = 200
 RESAMPLES = 2000
@@ -34,7 +35,7 @@ class Options:
     best_of: int = 8
     """Answers sampled for each prompt."""
     score: list[str] = field(default_factory=list)
-    """Who ranks them: ``SCORER`` or ``NAME=SCORER`` (:mod:`alignlab.scorers`); several are compared."""
+    """Who ranks them: ``SCORER`` or ``NAME=SCORER`` (:mod:`alignlab.measuring.scorers`); several are compared."""
     prompts: int = PROMPTS
     """So many held-out prompts."""
     temperature: float = 1.0

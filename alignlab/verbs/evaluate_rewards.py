@@ -10,6 +10,7 @@ from typing import Any
 from alignlab.cli import Request, emit
 from alignlab.config import RootConfig
 from alignlab.errors import ConfigError, StorageError
+from alignlab.measuring.scoring import Scored, reward_model, same_pairs, score
 from alignlab.rewards import report
 from alignlab.rewards.benchmarks import benchmark
 from alignlab.rewards.compare import compare
@@ -18,7 +19,6 @@ from alignlab.rewards.pairs import Calibration, by_category, calibration, figure
 from alignlab.rewards.plot import reliability
 from alignlab.rewards.pools import best_of
 from alignlab.runfolder import RunFolder, write_atomic
-from alignlab.scoring import Scored, reward_model, same_pairs, score
 from alignlab.verbs.options import measurement_name, own_options
 
 

@@ -16,9 +16,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from alignlab import dist, names
+from alignlab import dist
 from alignlab.cli import Request, emit
 from alignlab.config import RootConfig
+from alignlab.configuration import names
 from alignlab.errors import ConfigError, Preempted
 from alignlab.models.load import model_folder, resolve_dtype
 from alignlab.processes import call

@@ -10,9 +10,9 @@ from alignlab import dist
 from alignlab.cli import Request, emit
 from alignlab.engine import checkpoint
 from alignlab.errors import CheckFailed, ConfigError
-from alignlab.export import export_model
-from alignlab.job import assemble, prepare_data
 from alignlab.runfolder import RunFolder
+from alignlab.runs.export import export_model
+from alignlab.runs.job import assemble, prepare_data
 
 
 def run(request: Request) -> int:

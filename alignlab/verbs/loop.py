@@ -13,22 +13,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from alignlab import dist, names, schema
+from alignlab import dist
 from alignlab.cli import Request, emit
 from alignlab.config import RootConfig, SourceConfig
+from alignlab.configuration import names, schema
 from alignlab.data.plan import permutation
 from alignlab.data.prepare import Needs
 from alignlab.errors import ConfigError, DataError
-from alignlab.job import make_encoder, make_objective, needs_of
+from alignlab.measuring.report import curves_svg
+from alignlab.measuring.rounds import Scored, preference_rows
+from alignlab.measuring.scorers import VERIFIER, TextScorer, make_scorer, means
+from alignlab.measuring.verification import Answer, Prompt, answers, measures_of, prompts_of, summary
 from alignlab.models.load import load_model, resolve_dtype
-from alignlab.report import curves_svg
-from alignlab.rounds import Scored, preference_rows
 from alignlab.runfolder import write_atomic
-from alignlab.scorers import VERIFIER, TextScorer, make_scorer, means
+from alignlab.runs.job import make_encoder, make_objective, needs_of
 from alignlab.stages import Stage, run_stages, train
 from alignlab.types import Unit
 from alignlab.verbs.options import own_options
-from alignlab.verification import Answer, Prompt, answers, measures_of, prompts_of, summary
 
 CHOICES = {"policy_init": ("previous", "initial"), "reference": ("round", "initial")}
 

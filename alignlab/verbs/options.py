@@ -6,10 +6,10 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
-from alignlab import names, schema
-from alignlab.checks import looks_secret
 from alignlab.cli import Request
 from alignlab.config import RootConfig
+from alignlab.configuration import names, schema
+from alignlab.configuration.checks import looks_secret
 from alignlab.errors import ConfigError
 
 T = TypeVar("T")

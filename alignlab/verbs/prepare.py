@@ -9,9 +9,9 @@ from alignlab import liveness
 from alignlab.cli import Request, emit
 from alignlab.config import RootConfig
 from alignlab.data import cache, condition_preview
-from alignlab.header import findings_text
-from alignlab.job import JobData, assemble, attach_reference, check_flags, prepare_data
 from alignlab.models.load import fetch
+from alignlab.runs.header import findings_text
+from alignlab.runs.job import JobData, assemble, attach_reference, check_flags, prepare_data
 
 
 def run(request: Request) -> int:

@@ -10,8 +10,8 @@ from typing import Any
 
 from alignlab import dist, liveness
 from alignlab.cli import Request, emit
-from alignlab.job import assemble, attach_reference, check_flags, prepare_data
 from alignlab.metrics import Meter, finish
+from alignlab.runs.job import assemble, attach_reference, check_flags, prepare_data
 from alignlab.train.loop import Progress, context_of
 from alignlab.train.step import accumulate, with_statistics
 

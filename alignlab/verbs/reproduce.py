@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from alignlab import names
 from alignlab.cli import Request, emit
+from alignlab.configuration import names
+from alignlab.configuration.yamlio import parse
 from alignlab.errors import AlignlabError, ConfigError
 from alignlab.processes import StopFlag
 from alignlab.recipes import bands, shelf
@@ -25,7 +26,6 @@ from alignlab.recipes.scale import Scale
 from alignlab.recipes.verdict import Verdict, markdown, text
 from alignlab.runfolder import write_atomic
 from alignlab.verbs.options import own_options
-from alignlab.yamlio import parse
 
 LISTS = ("calibrate", "only")
 CHANGE = "set."

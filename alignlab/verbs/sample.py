@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 from alignlab.cli import Request, emit
-from alignlab.sampling import asked, sampled
+from alignlab.measuring.sampling import asked, sampled
+from alignlab.measuring.verification import as_json
 from alignlab.verbs.evaluate import trained
-from alignlab.verification import as_json
 
 
 def run(request: Request) -> int:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from alignlab import keys, names, schema, yamlio
 from alignlab.cli import Request, emit
-from alignlab.compose import frozen_text, missing
 from alignlab.config import RootConfig
+from alignlab.configuration import keys, names, schema, yamlio
+from alignlab.configuration.compose import frozen_text, missing
+from alignlab.configuration.groups import conf_folder, options
+from alignlab.configuration.settings import GROUPS
 from alignlab.errors import ConfigError
-from alignlab.groups import conf_folder, options
 from alignlab.registry import OBJECTIVES, unknown_name
-from alignlab.settings import GROUPS
 
 
 def run(request: Request) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from alignlab import liveness
 from alignlab.cli import Request
-from alignlab.launch import launch
-from alignlab.watch import watched
+from alignlab.configuration.watch import watched
+from alignlab.launching.launch import launch
 
 
 def run(request: Request) -> int:

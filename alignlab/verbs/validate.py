@@ -12,7 +12,7 @@ from pathlib import Path
 
 from alignlab.cli import Request, emit
 from alignlab.errors import AlignlabError, ConfigError
-from alignlab.launch import run_folder
+from alignlab.launching.launch import run_folder
 from alignlab.recipes.dry_run import DryRun, dry_run
 from alignlab.validation import validate
 from alignlab.verbs.options import own_options

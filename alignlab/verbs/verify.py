@@ -12,7 +12,7 @@ from typing import Any
 
 from alignlab.cli import Request, emit
 from alignlab.equivalence.matrix import Matrix, Result
-from alignlab.launch import captured_output
+from alignlab.launching.launch import captured_output
 from alignlab.runfolder import RunFolder
 from alignlab.verbs.options import own_options
 from alignlab.worker import library_log

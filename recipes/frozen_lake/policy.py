@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from alignlab.compose import compose
-from alignlab.job import assemble, attach_reference, prepare_data
+from alignlab.configuration.compose import compose
 from alignlab.models.scorer import select_attention
+from alignlab.runs.job import assemble, attach_reference, prepare_data
 from alignlab.train.loop import Progress, StepReport, fit
 
 HIDDEN, INNER, INIT_STD = 32, 64, 0.1

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from alignlab.compose import compose
+from alignlab.configuration.compose import compose
 from alignlab.data.loader import Ahead
-from alignlab.job import Job, assemble, attach_reference, prepare_data
 from alignlab.models import kernel
 from alignlab.ops import ragged
 from alignlab.ops.ragged_kernels import Call
+from alignlab.runs.job import Job, assemble, attach_reference, prepare_data
 from alignlab.train.loop import Progress, StepReport, fit
 from alignlab.train.step import passes
 

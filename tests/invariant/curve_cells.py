@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from alignlab import worker
-from alignlab.compose import compose
+from alignlab.configuration.compose import compose
 from alignlab.data import world
 from alignlab.engine import deepspeed
 from alignlab.errors import Preempted

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from alignlab.compose import compose
+from alignlab.configuration.compose import compose
 from alignlab.equivalence.matrix import Matrix, Result
-from alignlab.job import make_objective
 from alignlab.objectives.dpo import LOSS_TYPES
 from alignlab.registry import OBJECTIVES
+from alignlab.runs.job import make_objective
 
 OBJECTIVE_NAMES = tuple(OBJECTIVES.names())
 ORDINARY = ("micro_batches", "tree", "merge_prompts", "reference", "resume", "export")

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from alignlab.checks import looks_secret, redact
 from alignlab.cli import main
-from alignlab.compose import compose
+from alignlab.configuration.checks import looks_secret, redact
+from alignlab.configuration.compose import compose
+from alignlab.configuration.plugins import copy, load, load_copies
 from alignlab.errors import AlignlabError
-from alignlab.plugins import copy, load, load_copies
 from alignlab.runfolder import OURS
 
 BODY = "aB3dE5fG7hJ9kL1mN3pQ5rS7tU9vW1xY3zA5"

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from alignlab import checks, yamlio
 from alignlab.cli import main
-from alignlab.compose import compose
+from alignlab.configuration import checks, yamlio
+from alignlab.configuration.compose import compose
 from alignlab.data.formats import to_sample
 from alignlab.data.rows import Row
 from alignlab.errors import AlignlabError, ConfigError, DataError

@@ -24,8 +24,9 @@ import torch
 from pyarrow import parquet
 from safetensors.torch import save_file
 
-from alignlab.compose import load_frozen
 from alignlab.config import ModelConfig
+from alignlab.configuration.compose import load_frozen
+from alignlab.configuration.plugins import load_copies
 from alignlab.data.index import Index
 from alignlab.data.rows import read_rows
 from alignlab.engine import checkpoint
@@ -33,7 +34,6 @@ from alignlab.engine.shards import ShardReader, read_parameters
 from alignlab.errors import AlignlabError
 from alignlab.models import tiny
 from alignlab.models.load import load_model, load_tokenizer, max_positions
-from alignlab.plugins import load_copies
 from alignlab.runfolder import RunFolder
 from alignlab.train import reference
 

@@ -11,7 +11,7 @@ import forks
 import pytest
 
 from alignlab import testing
-from alignlab.plugins import load
+from alignlab.configuration.plugins import load
 from alignlab.registry import OBJECTIVES
 
 MINE = '''

@@ -16,17 +16,17 @@ import pytest
 import torch
 
 from alignlab.config import DataConfig, ModelConfig, ReferenceConfig, RootConfig
+from alignlab.configuration.names import default_name
+from alignlab.configuration.schema import objective_config
 from alignlab.data import cache
 from alignlab.data.overlap import Examples, Recorder, compare, found_in, hashes, normalised
 from alignlab.data.prepare import Needs, Prepared
 from alignlab.data.template import Encoder
 from alignlab.errors import ConfigError, DataError
-from alignlab.header import findings_text
-from alignlab.job import assemble, needs_of, prepare_data, reference_job
 from alignlab.models import tiny
-from alignlab.names import default_name
 from alignlab.registry import OBJECTIVES
-from alignlab.schema import objective_config
+from alignlab.runs.header import findings_text
+from alignlab.runs.job import assemble, needs_of, prepare_data, reference_job
 from alignlab.types import Pair, Sample, Unit
 from alignlab.types import Sequence as Path_
 

@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
-from alignlab.compose import compose
 from alignlab.config import DataConfig
+from alignlab.configuration.compose import compose
+from alignlab.configuration.groups import conf_folder, options
 from alignlab.data.condition import Conditioner
 from alignlab.data.examples import to_examples
 from alignlab.data.grouping import grouped
 from alignlab.data.prepare import Needs, rows_of, sample_of, sources_of
 from alignlab.data.rows import Row, RowError, read_rows
 from alignlab.errors import DataError
-from alignlab.groups import conf_folder, options
 from alignlab.types import Sample, Unit
 
 Json = dict[str, Any]

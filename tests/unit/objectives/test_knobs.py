@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from alignlab.config import OptimConfig
+from alignlab.configuration.schema import objective_config
 from alignlab.errors import CheckFailed, ConfigError
 from alignlab.liveness import read_in_training
 from alignlab.objectives.base import BaseObjective, sequence_sums, sequence_value
 from alignlab.objectives.pair_losses import LOSS_TYPES
 from alignlab.registry import OBJECTIVES
-from alignlab.schema import objective_config
 from alignlab.testing import NO_EFFECT, World, check_objective, distance, knob_effects
 from alignlab.types import Ask, LossOutput, Unit
 

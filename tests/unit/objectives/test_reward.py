@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from alignlab.errors import ConfigError, DataError
-from alignlab.job import check_flags
 from alignlab.objectives.reward import Reward, RewardConfig
+from alignlab.runs.job import check_flags
 from alignlab.types import Unit
 
 PAIRS = [(0, 1), (2, 1), (2, 3)]

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from alignlab.compose import compose
 from alignlab.config import ConditionConfig, RootConfig
+from alignlab.configuration.compose import compose
 from alignlab.models import fourbit
 from alignlab.recipes.dry_run import dry_run, rated_rows
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from alignlab import yamlio
+from alignlab.configuration import yamlio
 from alignlab.errors import ConfigError
 from alignlab.models.scorer import select_attention
 from alignlab.recipes.bands import bands

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from alignlab.configuration.plugins import load
 from alignlab.data import world
-from alignlab.plugins import load
 from alignlab.registry import FORMATS
 
 JUDGE = Path(__file__).resolve().parents[3] / "recipes" / "ultrafeedback" / "judge.py"

@@ -13,7 +13,7 @@ import pytest
 from alignlab.config import DataConfig, ModelConfig
 from alignlab.data.plan import StepPlans
 from alignlab.data.prepare import Needs, prepare
-from alignlab.job import make_encoder
+from alignlab.runs.job import make_encoder
 from alignlab.types import Unit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from alignlab.compose import compose
+from alignlab.configuration.compose import compose
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts"))
 import quickstart

@@ -17,14 +17,14 @@ import pytest
 import torch
 
 from alignlab import dist
-from alignlab.compose import compose
+from alignlab.configuration.compose import compose
 from alignlab.data import cache
 from alignlab.data.index import Index
 from alignlab.data.loader import Loader
 from alignlab.data.plan import StepPlans, sequential
 from alignlab.data.random_trees import random_sample, write_index
 from alignlab.errors import ConfigError, NumericsError, StorageError
-from alignlab.job import assemble, attach_reference, prepare_data
+from alignlab.runs.job import assemble, attach_reference, prepare_data
 from alignlab.train import reference
 from alignlab.train.reference import Reference, reference_logps
 from alignlab.types import Scores, Unit

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from alignlab import worker
-from alignlab.compose import compose
+from alignlab.configuration.compose import compose
 from alignlab.engine import deepspeed
-from alignlab.export import export_model
 from alignlab.models import tiny
 from alignlab.ops.segments import segment_sum
 from alignlab.runfolder import RunFolder
+from alignlab.runs.export import export_model
 from alignlab.types import Ask
 
 ENDS_WITH_EOS = (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from alignlab.compose import compose
+from alignlab.configuration.compose import compose
 from alignlab.verbs.evaluate import result_name
 
 

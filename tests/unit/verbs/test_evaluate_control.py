@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from alignlab.measuring.verification import Answer, Prompt, measures_of
 from alignlab.verbs import evaluate_control
-from alignlab.verification import Answer, Prompt, measures_of
 
 Run = Callable[..., Any]
 BUCKET = "data.condition.buckets=[{condition: {steps: any, phrasing: any}, max_count: 1000}]"

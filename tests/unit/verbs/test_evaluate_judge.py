@@ -168,7 +168,7 @@ def test_a_run_against_the_rows_own_answers(
 def test_a_conditioned_run_is_asked_under_the_condition_and_the_judge_does_not_see_it(
     run: Run, home: Path, small_model: Path, judge: list[str], chat_server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from alignlab.verification import Answer
+    from alignlab.measuring.verification import Answer
 
     seen: list[str] = []
 

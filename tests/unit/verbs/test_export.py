@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from alignlab import export
 from alignlab.errors import StorageError
+from alignlab.runs import export
 
 HERE = Path(__file__).parent
 TOLERANCE = 1e-5

@@ -13,8 +13,8 @@ import pytest
 
 from alignlab.data import world
 from alignlab.data.ledger import read_samples
-from alignlab.forensics import area_under_curve, figures, paths
-from alignlab.report import remarks
+from alignlab.measuring.forensics import area_under_curve, figures, paths
+from alignlab.measuring.report import remarks
 from alignlab.train.margins import read_margins
 
 Run = Callable[..., Any]

@@ -15,10 +15,10 @@ from typing import Any
 import forks
 import pytest
 
-from alignlab import job as job_module
-from alignlab.compose import compose
+from alignlab.configuration.compose import compose
 from alignlab.errors import ConfigError
-from alignlab.job import assemble, attach_reference, prepare_data
+from alignlab.runs import job as job_module
+from alignlab.runs.job import assemble, attach_reference, prepare_data
 from alignlab.train.margins import read_margins
 
 Run = Callable[..., Any]

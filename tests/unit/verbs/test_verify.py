@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import alignlab.data.loader
 import alignlab.equivalence.runs
-import alignlab.job
+import alignlab.runs.job
 from alignlab.engine import base as engines
 from alignlab.engine.local import LocalEngine
 from alignlab.equivalence.cells import chosen, matrix
@@ -219,7 +219,7 @@ def merged_weights(patch: pytest.MonkeyPatch) -> None:
 
 def reference_off_by_one(patch: pytest.MonkeyPatch) -> None:
     """The cached number of a sequence is its neighbour's."""
-    whole = alignlab.job.reference_logps
+    whole = alignlab.runs.job.reference_logps
 
     def rolled(*arguments: Any, **options: Any) -> Any:
         found = whole(*arguments, **options)
@@ -227,7 +227,7 @@ def reference_off_by_one(patch: pytest.MonkeyPatch) -> None:
         found.sequences[known] = np.roll(found.sequences[known], 1)
         return found
 
-    patch.setattr(alignlab.job, "reference_logps", rolled)
+    patch.setattr(alignlab.runs.job, "reference_logps", rolled)
 
 
 def frozen_layer(patch: pytest.MonkeyPatch) -> None:
@@ -339,12 +339,13 @@ from dataclasses import replace
 
 import alignlab.data.loader
 import alignlab.engine.base
-import alignlab.job
+import alignlab.runs.job
 import alignlab.train.loop
 import alignlab.train.step
 
 engine = {}
-make, context_of, to_device = alignlab.job.make_engine, alignlab.train.loop.context_of, alignlab.data.loader.to_device
+make, context_of = alignlab.runs.job.make_engine, alignlab.train.loop.context_of
+to_device = alignlab.data.loader.to_device
 
 
 def noted(name, *arguments, **options):
@@ -370,7 +371,7 @@ def weighty(batch, device):
 
 
 if alignlab.dist.world_size() > 1:
-    alignlab.job.make_engine = noted
+    alignlab.runs.job.make_engine = noted
     alignlab.train.loop.context_of = own_totals
     alignlab.data.loader.to_device = weighty
 '''

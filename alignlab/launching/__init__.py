@@ -1,0 +1,1 @@
+"""From a checked configuration to processes: one, ranks under torchrun, Slurm, sweeps, and who watches over them."""

@@ -1,0 +1,1 @@
+"""What a model is worth: answers and their verifiers, rewards, control, choices among samples, suspects."""

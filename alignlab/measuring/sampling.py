@@ -1,0 +1,68 @@
+"""Answers of the configured model to prompts, by the backend the user chose: what ``sample`` prints, a judge reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from alignlab import dist
+from alignlab.config import RootConfig
+from alignlab.data.prepare import Needs
+from alignlab.errors import ConfigError, DataError
+from alignlab.measuring.verification import Answer, Prompt, measured, prompts_of
+from alignlab.models.load import load_model, model_folder, resolve_dtype
+from alignlab.runs.job import make_encoder, make_objective, needs_of
+from alignlab.train import generate_vllm
+from alignlab.train.generate import generate
+from alignlab.types import Unit
+
+
+def asked(config: RootConfig, verb: str, *, conditioned: bool = True) -> list[Prompt]:
+    """``eval.prompt``, or the prompts of the rows (the held-out ones where the configuration has some).
+
+    A run of ``cpsft`` or ``cpo`` is asked under its data's conditions, unless they are not ``conditioned``.
+    """
+    if config.eval.prompt is not None:
+        return [Prompt("prompt", [{"role": "user", "content": config.eval.prompt}])]
+    if config.data.path is None and not config.data.sources:
+        raise ConfigError(f"{verb}: nothing to answer; give eval.prompt='...' or data=<rows>")
+    needs = needs_of(make_objective(config)) if config.objective is not None else Needs(Unit.SEQUENCE)
+    held_out = config.data.eval_path is not None or bool(config.data.eval_fraction)
+    if not conditioned:
+        needs = replace(needs, stage=None)
+    prompts = list(prompts_of(config.data, needs, held_out=held_out, limit=config.eval.generate or None))
+    if not prompts:
+        raise DataError(f"{verb}: the rows have no prompt to answer")
+    return prompts
+
+
+def sampled(config: RootConfig, prompts: list[Prompt], verb: str) -> Iterator[Answer]:
+    """The answers to ``prompts``, measured, in order; ``eval.*`` says how they are generated.
+
+    Raises :class:`ConfigError` for a model without a tokenizer, and for several greedy answers to a prompt.
+    """
+    chosen = config.eval
+    if chosen.temperature == 0 and chosen.num_samples > 1:
+        raise ConfigError(
+            f"{verb}: eval.num_samples={chosen.num_samples} greedy answers would all be the same; set eval.temperature"
+        )
+    tokenizer, encoder = make_encoder(config.model, config.data)
+    if tokenizer is None:
+        raise ConfigError(
+            f"{verb}: {config.model.name_or_path} has no tokenizer; name one: model.tokenizer_name_or_path="
+        )
+    ids = (encoder.render_prompt(p.messages, p.tools) for p in prompts)
+    settings: dict[str, Any] = {
+        "stop_ids": encoder.stop_ids, "max_new_tokens": chosen.max_new_tokens, "temperature": chosen.temperature,
+        "top_p": chosen.top_p, "num_samples": chosen.num_samples, "seed": config.seed,
+    }  # fmt: skip
+    made: Iterable[list[str]]
+    if chosen.backend == "vllm":
+        made = generate_vllm.generate(config.model, model_folder(config.model), tokenizer, ids, **settings)
+    else:
+        dist.init(timeout=config.engine.timeout)
+        loaded = load_model(config.model, "lm", resolve_dtype(config.model.dtype, dist.device()), config.seed)
+        model = loaded.model.to(dist.device())
+        made = generate(model, tokenizer, ids, batch_size=chosen.batch_size, **settings)
+    yield from measured(prompts, made, chosen.verifier)
