@@ -99,6 +99,10 @@ VERBS: dict[str, Verb] = {
             "sample RUN data=ROWS [eval.generate=20] [eval.temperature=0.7 eval.num_samples=4] [eval.backend=vllm]",
         ),
     ),
+    "chat": Verb(
+        "alignlab.verbs.chat:run", "talk with a run or a model in the terminal", False, (), "model",
+        own=("system", "condition"),
+    ),
     "export": Verb("alignlab.verbs.export:run", "a run as a plain Hugging Face folder", True, (), "model"),
     "ledger": Verb(
         "alignlab.verbs.ledger:run", "what a run saw: ledger RUN [step=N | sample=ID | other=RUN]", False, (), "words"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,11 +10,10 @@ from alignlab import dist
 from alignlab.config import RootConfig
 from alignlab.data.prepare import Needs
 from alignlab.errors import ConfigError, DataError
-from alignlab.measuring.verification import Answer, Prompt, measured, prompts_of
+from alignlab.measuring.verification import Answer, Prompt, answers, measured, prompts_of
 from alignlab.models.load import load_model, model_folder, resolve_dtype
 from alignlab.runs.job import make_encoder, make_objective, needs_of
 from alignlab.train import generate_vllm
-from alignlab.train.generate import generate
 from alignlab.types import Unit
 
 
@@ -37,32 +36,50 @@ def asked(config: RootConfig, verb: str, *, conditioned: bool = True) -> list[Pr
     return prompts
 
 
-def sampled(config: RootConfig, prompts: list[Prompt], verb: str) -> Iterator[Answer]:
-    """The answers to ``prompts``, measured, in order; ``eval.*`` says how they are generated.
+class Sampler:
+    """The configured model, ready to answer: loaded once, by the backend that ``eval.backend`` names.
 
-    Raises :class:`ConfigError` for a model without a tokenizer, and for several greedy answers to a prompt.
+    Raises :class:`ConfigError` for a model without a tokenizer; ``verb`` is what the user typed.
     """
+
+    def __init__(self, config: RootConfig, verb: str) -> None:
+        self.config = config
+        self.tokenizer, self.encoder = make_encoder(config.model, config.data)
+        if self.tokenizer is None:
+            raise ConfigError(
+                f"{verb}: {config.model.name_or_path} has no tokenizer; name one: model.tokenizer_name_or_path="
+            )
+        self._by_vllm = config.eval.backend == "vllm"
+        if self._by_vllm:
+            self._model = generate_vllm.load(config.model, model_folder(config.model), config.seed)
+        else:
+            dist.init(timeout=config.engine.timeout)
+            dtype = resolve_dtype(config.model.dtype, dist.device())
+            self._model = load_model(config.model, "lm", dtype, config.seed).model.to(dist.device())
+
+    def answers(self, prompts: list[Prompt], *, seed: int | None = None, **changes: Any) -> Iterator[Answer]:
+        """The answers to ``prompts``, measured, in order; ``eval.*`` with ``changes`` says how they are generated."""
+        chosen = replace(self.config.eval, **changes)
+        settings: dict[str, Any] = {
+            "max_new_tokens": chosen.max_new_tokens, "temperature": chosen.temperature, "top_p": chosen.top_p,
+            "num_samples": chosen.num_samples, "seed": self.config.seed if seed is None else seed,
+        }  # fmt: skip
+        if self._by_vllm:
+            ids = (self.encoder.render_prompt(p.messages, p.tools) for p in prompts)
+            stop_ids = self.encoder.stop_ids
+            made = generate_vllm.generate(self._model, self.tokenizer, ids, stop_ids=stop_ids, **settings)
+            return measured(prompts, made, chosen.verifier)
+        return answers(
+            self._model, self.tokenizer, self.encoder, prompts, batch_size=chosen.batch_size, verifier=chosen.verifier,
+            **settings,
+        )  # fmt: skip
+
+
+def sampled(config: RootConfig, prompts: list[Prompt], verb: str) -> Iterator[Answer]:
+    """The answers of the configured model as ``eval.*`` says; ConfigError for several greedy answers to a prompt."""
     chosen = config.eval
     if chosen.temperature == 0 and chosen.num_samples > 1:
         raise ConfigError(
             f"{verb}: eval.num_samples={chosen.num_samples} greedy answers would all be the same; set eval.temperature"
         )
-    tokenizer, encoder = make_encoder(config.model, config.data)
-    if tokenizer is None:
-        raise ConfigError(
-            f"{verb}: {config.model.name_or_path} has no tokenizer; name one: model.tokenizer_name_or_path="
-        )
-    ids = (encoder.render_prompt(p.messages, p.tools) for p in prompts)
-    settings: dict[str, Any] = {
-        "stop_ids": encoder.stop_ids, "max_new_tokens": chosen.max_new_tokens, "temperature": chosen.temperature,
-        "top_p": chosen.top_p, "num_samples": chosen.num_samples, "seed": config.seed,
-    }  # fmt: skip
-    made: Iterable[list[str]]
-    if chosen.backend == "vllm":
-        made = generate_vllm.generate(config.model, model_folder(config.model), tokenizer, ids, **settings)
-    else:
-        dist.init(timeout=config.engine.timeout)
-        loaded = load_model(config.model, "lm", resolve_dtype(config.model.dtype, dist.device()), config.seed)
-        model = loaded.model.to(dist.device())
-        made = generate(model, tokenizer, ids, batch_size=chosen.batch_size, **settings)
-    yield from measured(prompts, made, chosen.verifier)
+    return Sampler(config, verb).answers(prompts)

@@ -17,9 +17,25 @@ DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16"}
 """``model.dtype`` in vLLM's words."""
 
 
+def load(model: ModelConfig, source: str, seed: int) -> Any:
+    """vLLM's engine; ``source`` is the folder that ``model`` was found in.
+
+    Raises :class:`ConfigError` without the package, and for a ``model.dtype`` that vLLM does not have.
+    """
+    try:
+        from vllm import LLM
+    except ImportError as error:
+        raise ConfigError(f"eval.backend=vllm needs vllm: pip install 'alignlab[vllm]' ({error})") from None
+    if model.dtype not in DTYPES:
+        raise ConfigError(f"eval.backend=vllm: model.dtype={model.dtype} (vLLM takes {', '.join(DTYPES)})")
+    return LLM(
+        model=source, tokenizer=model.tokenizer_name_or_path or source, dtype=DTYPES[model.dtype], seed=seed,
+        trust_remote_code=model.trust_remote_code,
+    )  # fmt: skip
+
+
 def generate(
-    model: ModelConfig,
-    source: str,
+    engine: Any,
     tokenizer: Any,
     prompts: Iterable[list[int]],
     *,
@@ -30,20 +46,9 @@ def generate(
     num_samples: int = 1,
     seed: int = 0,
 ) -> Iterator[list[str]]:
-    """Completions of each prompt (token ids), in order; ``source`` is the folder that ``model`` was found in.
+    """Completions of each prompt (token ids) by the engine of :func:`load`, in order."""
+    from vllm import SamplingParams
 
-    Raises :class:`ConfigError` without the package, and for a ``model.dtype`` that vLLM does not have.
-    """
-    try:
-        from vllm import LLM, SamplingParams
-    except ImportError as error:
-        raise ConfigError(f"eval.backend=vllm needs vllm: pip install 'alignlab[vllm]' ({error})") from None
-    if model.dtype not in DTYPES:
-        raise ConfigError(f"eval.backend=vllm: model.dtype={model.dtype} (vLLM takes {', '.join(DTYPES)})")
-    engine = LLM(
-        model=source, tokenizer=model.tokenizer_name_or_path or source, dtype=DTYPES[model.dtype], seed=seed,
-        trust_remote_code=model.trust_remote_code,
-    )  # fmt: skip
     sampling = SamplingParams(
         n=num_samples, temperature=temperature, top_p=top_p if temperature > 0 else 1.0, max_tokens=max_new_tokens,
         stop_token_ids=stop_ids, seed=seed,

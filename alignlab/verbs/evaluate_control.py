@@ -5,23 +5,20 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-from alignlab import dist
 from alignlab.cli import Request, emit
 from alignlab.config import RootConfig
 from alignlab.configuration import schema
 from alignlab.data.condition import Conditioner
 from alignlab.data.prepare import Needs, rows_of, sample_of, sources_of
-from alignlab.data.template import Encoder
 from alignlab.errors import ConfigError, DataError
 from alignlab.measuring import control
+from alignlab.measuring.sampling import Sampler
 from alignlab.measuring.scorers import TextScorer, named_scorers
-from alignlab.measuring.verification import Answer, Prompt, answers, as_json, prompts_of
-from alignlab.models.load import load_model, resolve_dtype
+from alignlab.measuring.verification import Answer, Prompt, as_json, prompts_of
 from alignlab.rewards.intervals import Draws
 from alignlab.runfolder import RunFolder, write_atomic
-from alignlab.runs.job import make_encoder, make_objective, needs_of
+from alignlab.runs.job import make_objective, needs_of
 from alignlab.types import Unit
 from alignlab.verbs.options import measurement_name, own_options
 
@@ -63,9 +60,6 @@ def run(request: Request, config: RootConfig, folder: RunFolder | None) -> int:
     prompts = list(prompts_of(config.data, replace(needs, stage=None), held_out=True, limit=options.prompts))
     if not prompts:
         raise DataError("evaluate control=true: the held-out rows have no prompt")
-    tokenizer, encoder = make_encoder(config.model, config.data)
-    if tokenizer is None:
-        raise ConfigError(f"evaluate control=true: {config.model.name_or_path} has no tokenizer")
     names = " x ".join(f"{dimension} {_text(own)}" for dimension, own in levels.items())
     print(f"grid     {names} = {len(conditions) - 1} conditions; {len(prompts)} prompts under each, and under none")
     asked = [
@@ -73,7 +67,7 @@ def run(request: Request, config: RootConfig, folder: RunFolder | None) -> int:
         for condition in conditions
         for prompt in prompts
     ]
-    found = _answered(config, tokenizer, encoder, asked)
+    found = list(Sampler(config, "evaluate control=true").answers(asked, temperature=0.0, num_samples=1))
     found = _scored(found, [prompt for _ in conditions for prompt in prompts], scorers)
     readings = _readings(found)
     draws, continuous = Draws(options.resamples, config.seed), [n for n, s in scorers.items() if not s.is_verifier]
@@ -127,17 +121,6 @@ def _levels(config: RootConfig, needs: Needs, conditioner: Conditioner) -> dict[
 def _controlled(config: RootConfig) -> list[str]:
     """The dimensions that the buckets name: what the model was taught to follow."""
     return list(dict.fromkeys(d for bucket in config.data.condition.buckets for d in bucket.get("condition", {})))
-
-
-def _answered(config: RootConfig, tokenizer: Any, encoder: Encoder, asked: list[Prompt]) -> list[Answer]:
-    dist.init(timeout=config.engine.timeout)
-    loaded = load_model(config.model, "lm", resolve_dtype(config.model.dtype, dist.device()), config.seed)
-    return list(
-        answers(
-            loaded.model.to(dist.device()), tokenizer, encoder, asked, batch_size=config.eval.batch_size,
-            max_new_tokens=config.eval.max_new_tokens, verifier=config.eval.verifier,
-        )
-    )  # fmt: skip
 
 
 def _scored(found: list[Answer], plain: list[Prompt], scorers: dict[str, TextScorer]) -> list[Answer]:

@@ -11,16 +11,15 @@ from alignlab.cli import Request, emit
 from alignlab.config import RootConfig
 from alignlab.configuration import schema
 from alignlab.data.prepare import Needs
-from alignlab.data.template import Encoder
 from alignlab.errors import ConfigError, DataError
 from alignlab.measuring.reranking import Pool, table_text, ways
+from alignlab.measuring.sampling import Sampler
 from alignlab.measuring.scorers import Score, make_scorer, named_scorers
-from alignlab.measuring.verification import Answer, Prompt, answers, as_json, prompts_of
-from alignlab.models.load import load_model, resolve_dtype
+from alignlab.measuring.verification import Answer, Prompt, as_json, prompts_of
 from alignlab.registry import FINAL_ANSWERS
 from alignlab.rewards.intervals import Draws
 from alignlab.runfolder import RunFolder, write_atomic
-from alignlab.runs.job import make_encoder, make_objective, needs_of
+from alignlab.runs.job import make_objective, needs_of
 from alignlab.types import Unit
 from alignlab.verbs.options import measurement_name, own_options
 
@@ -57,10 +56,7 @@ def run(request: Request, config: RootConfig, folder: RunFolder | None) -> int:
     prompts = list(prompts_of(config.data, needs, held_out=True, limit=options.prompts))
     if not prompts:
         raise DataError("evaluate best_of=: the held-out rows have no prompt")
-    tokenizer, encoder = make_encoder(config.model, config.data)
-    if tokenizer is None:
-        raise ConfigError(f"evaluate best_of=: {config.model.name_or_path} has no tokenizer")
-    greedy, sampled = _answered(config, options, tokenizer, encoder, prompts)
+    greedy, sampled = _answered(config, options, prompts)
     measure = make_scorer("verifier", config, options.measure)
     quality, quality_greedy = measure(sampled), measure(greedy)
     scores = {name: scorer(sampled) for name, scorer in scorers.items()}
@@ -110,23 +106,16 @@ def _check(options: Options) -> None:
         raise ConfigError("\n".join(f"evaluate: {problem}" for problem in problems))
 
 
-def _answered(
-    config: RootConfig, options: Options, tokenizer: Any, encoder: Encoder, prompts: list[Prompt]
-) -> tuple[list[Answer], list[Answer]]:  # fmt: skip
+def _answered(config: RootConfig, options: Options, prompts: list[Prompt]) -> tuple[list[Answer], list[Answer]]:
     """(the greedy answer, the sampled answers) to each prompt; the policy leaves memory with this call."""
-    dist.init(timeout=config.engine.timeout)
-    loaded = load_model(config.model, "lm", resolve_dtype(config.model.dtype, dist.device()), config.seed)
-    model = loaded.model.to(dist.device())
-    shared: dict[str, Any] = {
-        "batch_size": config.eval.batch_size, "max_new_tokens": config.eval.max_new_tokens,
-        "verifier": config.eval.verifier,
-    }  # fmt: skip
-    greedy = list(answers(model, tokenizer, encoder, prompts, **shared))
-    sampled = answers(
-        model, tokenizer, encoder, prompts, **shared, temperature=options.temperature, top_p=config.eval.top_p,
-        num_samples=options.best_of, seed=dist.derive_seed(config.seed, "best_of"),
+    policy = Sampler(config, "evaluate best_of=")
+    greedy = policy.answers(prompts, temperature=0.0, num_samples=1)
+    return list(greedy), list(
+        policy.answers(
+            prompts, temperature=options.temperature, num_samples=options.best_of,
+            seed=dist.derive_seed(config.seed, "best_of"),
+        )
     )  # fmt: skip
-    return greedy, list(sampled)
 
 
 def _known(scores: list[Score]) -> list[float]:

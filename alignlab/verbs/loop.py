@@ -22,11 +22,11 @@ from alignlab.data.prepare import Needs
 from alignlab.errors import ConfigError, DataError
 from alignlab.measuring.report import curves_svg
 from alignlab.measuring.rounds import Scored, preference_rows
+from alignlab.measuring.sampling import Sampler
 from alignlab.measuring.scorers import VERIFIER, TextScorer, make_scorer, means
-from alignlab.measuring.verification import Answer, Prompt, answers, measures_of, prompts_of, summary
-from alignlab.models.load import load_model, resolve_dtype
+from alignlab.measuring.verification import Answer, Prompt, measures_of, prompts_of, summary
 from alignlab.runfolder import write_atomic
-from alignlab.runs.job import make_encoder, make_objective, needs_of
+from alignlab.runs.job import make_objective, needs_of
 from alignlab.stages import Stage, run_stages, train
 from alignlab.types import Unit
 from alignlab.verbs.options import own_options
@@ -236,22 +236,17 @@ def _answered(
     config: RootConfig, options: Options, policy: str, prompts: list[Prompt], number: int
 ) -> Iterator[Answer]:
     model = replace(config.model, name_or_path=policy, revision=None)
-    tokenizer, encoder = make_encoder(model, config.data)
-    if tokenizer is None:
-        raise ConfigError(f"loop: {policy} has no tokenizer; name one: model.tokenizer_name_or_path=")
-    dist.init(timeout=config.engine.timeout)
-    loaded = load_model(model, "lm", resolve_dtype(model.dtype, dist.device()), config.seed)
-    yield from answers(
-        loaded.model.to(dist.device()), tokenizer, encoder, prompts, batch_size=config.eval.batch_size,
-        max_new_tokens=config.eval.max_new_tokens, verifier=config.eval.verifier, temperature=options.temperature,
-        top_p=config.eval.top_p, num_samples=options.samples, seed=dist.derive_seed(config.seed, "loop", number),
+    sampler = Sampler(replace(config, model=model), "loop")
+    yield from sampler.answers(
+        prompts, temperature=options.temperature, num_samples=options.samples,
+        seed=dist.derive_seed(config.seed, "loop", number),
     )  # fmt: skip
-    del loaded  # the training that follows wants the device's memory
+    del sampler  # the training that follows wants the device's memory
     gc.collect()
 
 
 def _generation(config: RootConfig) -> dict[str, Any]:
-    known = ("max_new_tokens", "verifier", "top_p", "batch_size")
+    known = ("backend", "max_new_tokens", "verifier", "top_p", "batch_size")
     return {f"eval.{name}": getattr(config.eval, name) for name in known}
 
 

@@ -11,7 +11,7 @@ import pytest
 from alignlab.config import ModelConfig
 from alignlab.errors import ConfigError
 from alignlab.models import tiny
-from alignlab.train.generate_vllm import generate
+from alignlab.train.generate_vllm import generate, load
 
 
 class FakeLLM:
@@ -46,7 +46,7 @@ def test_prompts_go_in_as_tokens_and_texts_come_out_to_the_first_stop(vllm: list
     model = ModelConfig("runs/x/model", dtype="bf16")
     texts = list(
         generate(
-            model, "/folder", tokenizer, iter(prompts), stop_ids=[tokenizer.eos_token_id], max_new_tokens=9,
+            load(model, "/folder", 5), tokenizer, iter(prompts), stop_ids=[tokenizer.eos_token_id], max_new_tokens=9,
             temperature=0.7, top_p=0.9, num_samples=2, seed=5,
         )
     )  # fmt: skip
@@ -62,14 +62,14 @@ def test_prompts_go_in_as_tokens_and_texts_come_out_to_the_first_stop(vllm: list
 
 def test_greedy_has_no_nucleus(vllm: list[dict[str, Any]]) -> None:
     tokenizer = tiny.tokenizer()
-    list(generate(ModelConfig("m"), "m", tokenizer, [[5]], stop_ids=[1], max_new_tokens=1, temperature=0.0, top_p=0.5))
+    engine = load(ModelConfig("m"), "m", 0)
+    list(generate(engine, tokenizer, [[5]], stop_ids=[1], max_new_tokens=1, temperature=0.0, top_p=0.5))
     assert (vllm[1]["temperature"], vllm[1]["top_p"], vllm[0]["dtype"]) == (0.0, 1.0, "auto")
 
 
 def test_what_it_cannot_do_is_one_line(vllm: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
-    call = {"stop_ids": [1], "max_new_tokens": 1}
     with pytest.raises(ConfigError, match=r"model\.dtype=fp64"):
-        list(generate(ModelConfig("m", dtype="fp64"), "m", None, [[5]], **call))
+        load(ModelConfig("m", dtype="fp64"), "m", 0)
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ConfigError, match=r"pip install 'alignlab\[vllm\]'"):
-        list(generate(ModelConfig("m"), "m", None, [[5]], **call))
+        load(ModelConfig("m"), "m", 0)
