@@ -20,9 +20,9 @@ from torch import Tensor
 
 from alignlab import __version__
 from alignlab.errors import StorageError
-from alignlab.runs.job import Job
 from alignlab.models.adapters import merged
 from alignlab.models.load import load_model
+from alignlab.runs.job import Job
 
 
 def export_model(job: Job, target: Path) -> None:

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from alignlab.config import RootConfig
-from alignlab.runs.job import Job
-from alignlab.models.fourbit import weights_in
-from alignlab.runs.rowtext import sample_text
-from alignlab.runfolder import RunFolder, write_atomic
 from alignlab.configuration.shadows import Probe
+from alignlab.models.fourbit import weights_in
+from alignlab.runfolder import RunFolder, write_atomic
+from alignlab.runs.job import Job
+from alignlab.runs.rowtext import sample_text
 from alignlab.train.loop import Progress
 from alignlab.types import Unit
 

@@ -15,6 +15,7 @@ import torch
 
 from alignlab import dist
 from alignlab.config import DataConfig, ModelConfig, RootConfig
+from alignlab.configuration.shadows import Probe, probes
 from alignlab.data.bins import USUAL, Cost
 from alignlab.data.index import Index
 from alignlab.data.loader import Loader
@@ -43,7 +44,6 @@ from alignlab.models.load import (
 from alignlab.models.proof import choose_layout
 from alignlab.models.scorer import Scorer
 from alignlab.registry import OBJECTIVES
-from alignlab.configuration.shadows import Probe, probes
 from alignlab.train.reference import Reference, reference_logps
 from alignlab.train.shadow import Shadow
 from alignlab.types import Unit

@@ -19,8 +19,8 @@ from alignlab.data.ledger import SAMPLES_FILE
 from alignlab.data.loader import Loader
 from alignlab.data.prepare import Prepared
 from alignlab.errors import NumericsError
-from alignlab.runs.job import Job
 from alignlab.runfolder import RunFolder, write_atomic
+from alignlab.runs.job import Job
 from alignlab.train.evaluation import bad_batches
 from alignlab.train.locate import BadBatch
 from alignlab.train.logging import json_number

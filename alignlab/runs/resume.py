@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from alignlab import dist
-from alignlab.configuration import names, yamlio
 from alignlab.config import RootConfig
+from alignlab.configuration import names, yamlio
+from alignlab.configuration.schema import flatten
+from alignlab.configuration.watch import plain
 from alignlab.engine import checkpoint
 from alignlab.errors import ConfigError, StorageError
-from alignlab.runs.job import Job
 from alignlab.runfolder import RunFolder
-from alignlab.configuration.schema import flatten
+from alignlab.runs.job import Job
 from alignlab.train.loop import Progress
-from alignlab.configuration.watch import plain
 
 SHOWN = 8
 """So many differing fields are named in full; the rest are counted."""

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignlab.runs import job
 from alignlab.configuration.compose import compose
 from alignlab.errors import ConfigError
-from alignlab.runs.job import Job, assemble, attach_reference, prepare_data
 from alignlab.models import kernel
 from alignlab.ops import ragged
 from alignlab.ops.ragged import naive_ragged_attention
 from alignlab.ops.ragged_kernels import Kernel
+from alignlab.runs import job
+from alignlab.runs.job import Job, assemble, attach_reference, prepare_data
 from alignlab.train.loop import Progress, StepReport, fit
 
 
@@ -63,9 +63,7 @@ def losses(made: Job) -> list[float]:
     return seen
 
 
-def test_a_kernel_that_serves_gets_ragged_plans(
-    make: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kernel_that_serves_gets_ragged_plans(make: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
     plain = make("optim.learning_rate=1e-3")
     assert "attention" not in plain.layout_line  # on a CPU there is nothing to say
     served = make("optim.learning_rate=1e-3", serves=SOUND)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from alignlab.config import RootConfig
 from alignlab.configuration import names
 from alignlab.configuration.compose import compose
-from alignlab.config import RootConfig
 from alignlab.engine.checkpoint import Checkpoint
 from alignlab.runs.resume import refusal
 

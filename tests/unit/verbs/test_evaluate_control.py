@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from alignlab.measuring import sampling
 from alignlab.measuring.verification import Answer, Prompt, measures_of
-from alignlab.verbs import evaluate_control
 
 Run = Callable[..., Any]
 BUCKET = "data.condition.buckets=[{condition: {steps: any, phrasing: any}, max_count: 1000}]"
@@ -67,7 +67,7 @@ def test_a_reward_model_and_a_callable_measure_too(
         "train.max_steps=1", "train.global_batch_size=4", "run.name=judge",
     )  # fmt: skip
     assert answer.code == 0, answer.err
-    monkeypatch.setattr(evaluate_control, "answers", answered)
+    monkeypatch.setattr(sampling, "answers", answered)
     words = ["evaluate", str(controlled), "control=true", "prompts=6", "resamples=20", "plugins=[./words.py]"]
     answer = run(*words, "score=[reward=runs/judge, size=length:characters]", "--json")
     assert answer.code == 0, answer.err
