@@ -59,17 +59,16 @@ def rounded(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def blind_to(metric: Metric, band: Band, broken: Mapping[str, float]) -> list[str]:
-    """Why a band cannot do its work: it also holds what a run without the effect, or a broken one, would give."""
-    found = []
-    if metric.minus is not None and band.holds(0.0):
-        found.append("holds zero: a run without the difference would pass")
-    elif metric.minus is None and band.low <= 0.0 and band.high >= 1.0:
-        found.append("holds everything from 0 to 1")
+def cannot_fail(metric: Metric, band: Band) -> str:
+    """Why a band would judge nothing: it holds what a run without the effect gives, too; empty where it may fail."""
+    nothing = metric.without_effect
+    if nothing is not None and band.holds(nothing):
+        return f"the seeds' band ({band}) holds {nothing:g}: a run without the effect would pass"
+    if nothing is None and band.low <= 0.0 and band.high >= 1.0:
+        return f"the seeds' band ({band}) holds everything from 0 to 1"
     if band.low == band.high:
-        found.append("has no width: the seeds do not differ, so it says nothing of other runs")
-    found += [f"holds the broken setting '{name}' ({value:.4g})" for name, value in broken.items() if band.holds(value)]
-    return found
+        return "the seeds do not differ, so they say nothing of other runs"
+    return ""
 
 
 def read(recipe: Path) -> dict[str, Any]:
@@ -89,6 +88,11 @@ def read(recipe: Path) -> dict[str, Any]:
 def bands(expected: Mapping[str, Any]) -> dict[str, Band]:
     """The bands of one scale's entry."""
     return {name: Band(*entry["band"]) for name, entry in expected.get("metrics", {}).items() if entry.get("band")}
+
+
+def without(expected: Mapping[str, Any]) -> dict[str, str]:
+    """Why measured metrics have no band: it could not fail."""
+    return {name: entry["no_band"] for name, entry in expected.get("metrics", {}).items() if entry.get("no_band")}
 
 
 def write(recipe: Path, scale: str, entry: Mapping[str, Any]) -> Path:

@@ -103,7 +103,7 @@ def verdict(outcome: Outcome, home: Path) -> Verdict:
         error = error or wrong
     if error is not None and not isinstance(error, AlignlabError):
         raise error
-    lines = lines_of(scale, values, bands.bands(expected), only)
+    lines = lines_of(scale, values, bands.bands(expected), bands.without(expected), only)
     differs, unknown = ([], "") if case.broken or not expected else _compared(outcome, expected, home)
     done_with = [record["versions"] for record in outcome.records.values()]
     versions = circumstances.other_versions(expected, done_with) if expected else []
@@ -133,11 +133,11 @@ def _compared(outcome: Outcome, expected: dict[str, Any], home: Path) -> tuple[l
 
 @dataclass(frozen=True)
 class Calibration:
-    """One scale's entry of ``expected.json``, and for each metric why its band cannot fail, where that is so."""
+    """One scale's entry of ``expected.json``, and for each metric which wrong settings it does not notice."""
 
     scale: Scale
     entry: dict[str, Any]
-    blind: dict[str, list[str]]
+    unnoticed: dict[str, list[str]]
 
 
 def calibrate(scale: Scale, outcomes: Sequence[Outcome], workers: int) -> Calibration:
@@ -152,16 +152,21 @@ def calibrate(scale: Scale, outcomes: Sequence[Outcome], workers: int) -> Calibr
     wrong = [outcome for outcome in outcomes if outcome.case.broken is not None]
     values = [outcome.measured() for outcome in plain]
     tried = {str(o.case.broken): o.measured()[scale.broken[str(o.case.broken)].metric] for o in wrong}
-    metrics, blind = {}, {}
+    metrics, warnings = {}, {}
     for name, metric in scale.metrics.items():
         own = [one[name] for one in values]
         band = bands.band_of(own)
-        broken = {key: value for key, value in tried.items() if scale.broken[key].metric == name}
-        blind[name] = bands.blind_to(metric, band, broken)
+        why = bands.cannot_fail(metric, band)
         metrics[name] = {
             "values": [bands.rounded(value) for value in own], "mean": bands.rounded(statistics.fmean(own)),
-            "band": [band.low, band.high], **({"blind": blind[name]} if blind[name] else {}),
+            **({"no_band": why} if why else {"band": [band.low, band.high]}),
         }  # fmt: skip
+        warnings[name] = [
+            f"has no band to notice the broken setting '{key}'" if why
+            else f"the band holds the broken setting '{key}' ({value:.4g})"
+            for key, value in tried.items()
+            if scale.broken[key].metric == name and (why or band.holds(value))
+        ]  # fmt: skip
     broken_entry = {
         name: {"metric": scale.broken[name].metric, "value": bands.rounded(value), "seed": wrong[0].case.seed}
         for name, value in tried.items()
@@ -174,4 +179,4 @@ def calibrate(scale: Scale, outcomes: Sequence[Outcome], workers: int) -> Calibr
         "seconds": {"stages": round(statistics.fmean(outcome.seconds for outcome in plain)), "workers": workers},
         "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
-    return Calibration(scale, entry, {name: why for name, why in blind.items() if why})
+    return Calibration(scale, entry, {name: said for name, said in warnings.items() if said})

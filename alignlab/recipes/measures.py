@@ -21,6 +21,11 @@ def measured(scale: Scale, results: Mapping[str, Mapping[str, Any]]) -> dict[str
 
 def _value(scale: Scale, metric: Metric, results: Mapping[str, Mapping[str, Any]]) -> float:
     value = _at(scale, metric, "value", metric.value, results)
+    if metric.over:
+        divisor = _at(scale, metric, "over", metric.over, results)
+        if divisor == 0:
+            raise ConfigError(f"{scale.file}: metrics.{metric.name}.over: '{metric.over}' is 0")
+        return value / divisor
     return value - _at(scale, metric, "minus", metric.minus, results) if metric.minus else value
 
 

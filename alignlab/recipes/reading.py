@@ -19,7 +19,7 @@ _FILE_KEYS = (
     "title", "seconds", "memory_gib", "hardware", "include", "data", "settings", "stages", "metrics", "broken",
 )  # fmt: skip
 _INCLUDED_KEYS = ("data", "settings", "stages")
-_METRIC_KEYS = ("say", "value", "minus", "published")
+_METRIC_KEYS = ("say", "value", "minus", "over", "chance", "published")
 _BROKEN_KEYS = ("say", "stage", "set", "metric")
 
 
@@ -172,7 +172,7 @@ class _Reader:
         at = f"metrics.{name}"
         content = self.mapping(value, at)
         self.closed(content, _METRIC_KEYS, at + ".")
-        for key in ("value", "minus"):
+        for key in ("value", "minus", "over"):
             path = content.get(key)
             if path is None:
                 if key == "value":
@@ -185,10 +185,16 @@ class _Reader:
                 self.bad(f"{at}.{key}", f"'{path}': which number of stage {stage}? e.g. {stage}.after.eval_loss")
         if "value" not in content:
             return None
-        published = content.get("published")
-        return Metric(name, str(content.get("say") or name), str(content["value"]),
-                      str(content["minus"]) if content.get("minus") is not None else None,
-                      None if published is None else str(published))  # fmt: skip
+        if content.get("minus") is not None and content.get("over") is not None:
+            self.bad(at, "minus and over: a metric is a difference or a ratio, not both")
+        minus, published, over = (
+            None if content.get(key) is None else str(content[key]) for key in ("minus", "published", "over")
+        )
+        chance = content.get("chance")
+        if chance is not None and (isinstance(chance, bool) or not isinstance(chance, int | float)):
+            self.bad(f"{at}.chance", f"is no number: {chance}")
+            chance = None
+        return Metric(name, str(content.get("say") or name), str(content["value"]), minus, published, over, chance)
 
     def wrong(self, name: str, value: Any, stages: dict[str, Stage], metrics: dict[str, Metric]) -> Broken | None:
         at = f"broken.{name}"

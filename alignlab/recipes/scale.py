@@ -36,17 +36,27 @@ class Stage:
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure: the number at ``value`` in the stages' results, less the one at ``minus``."""
+    """One figure: a number in the stages' results, less the one at ``minus``, or divided by the one at ``over``."""
 
     name: str
     say: str
     value: str
     minus: str | None
     published: str | None
+    over: str | None = None
+    chance: float | None = None
+    """what a run without the effect would give, where that is known"""
+
+    @property
+    def without_effect(self) -> float | None:
+        """``chance``; of a difference 0, of a ratio 1."""
+        if self.chance is not None:
+            return self.chance
+        return 0.0 if self.minus else 1.0 if self.over else None
 
     @property
     def paths(self) -> list[str]:
-        return [self.value, *([self.minus] if self.minus else [])]
+        return [path for path in (self.value, self.minus, self.over) if path]
 
 
 @dataclass(frozen=True)

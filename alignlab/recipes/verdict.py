@@ -12,6 +12,8 @@ from alignlab.recipes.shelf import EXPECTED
 
 HEADS = ("measure", "published", "expected at this scale", "measured", "inside?")
 NO_BAND = "no band yet"
+NOT_JUDGED = "not judged"
+"""The seeds differ by more than what the figure would show: a band that could not fail is none."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,8 @@ class Line:
     metric: Metric
     value: float | None
     band: Band | None
+    blind: str = ""
+    """why the seeds gave no band that could fail"""
 
     @property
     def inside(self) -> bool | None:
@@ -28,14 +32,15 @@ class Line:
         return None if self.value is None or self.band is None else self.band.holds(self.value)
 
     def cells(self) -> list[str]:
-        inside = {None: "not measured" if self.value is None else NO_BAND, True: "yes", False: "NO"}[self.inside]
-        return [self.metric.say, self.metric.published or "-", str(self.band) if self.band else NO_BAND,
+        none = NOT_JUDGED if self.blind else NO_BAND
+        inside = {None: "not measured" if self.value is None else none, True: "yes", False: "NO"}[self.inside]
+        return [self.metric.say, self.metric.published or "-", str(self.band) if self.band else none,
                 "-" if self.value is None else f"{self.value:.4g}", inside]  # fmt: skip
 
     def as_json(self) -> dict[str, Any]:
         band = [self.band.low, self.band.high] if self.band else None
         return {"metric": self.metric.name, "say": self.metric.say, "published": self.metric.published,
-                "band": band, "measured": self.value, "inside": self.inside}  # fmt: skip
+                "band": band, "no_band": self.blind or None, "measured": self.value, "inside": self.inside}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -108,10 +113,12 @@ class Verdict:
 _BROKEN = {None: NO_BAND, True: "YES: not noticed", False: "no, as it should"}
 
 
-def lines_of(scale: Scale, values: Mapping[str, float], bands: Mapping[str, Band], only: str | None) -> list[Line]:
-    """A line a metric, or the one that is named."""
-    return [Line(metric, values.get(name), bands.get(name)) for name, metric in scale.metrics.items()
-            if only in (None, name)]  # fmt: skip
+def lines_of(
+    scale: Scale, values: Mapping[str, float], bands: Mapping[str, Band], blind: Mapping[str, str], only: str | None
+) -> list[Line]:
+    """A line a metric, or the one that is named; ``blind``: why metrics have no band."""
+    return [Line(metric, values.get(name), bands.get(name), blind.get(name, ""))
+            for name, metric in scale.metrics.items() if only in (None, name)]  # fmt: skip
 
 
 def markdown(verdicts: Iterable[Verdict]) -> str:

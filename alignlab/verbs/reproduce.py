@@ -216,9 +216,13 @@ def _say_calibrated(made: Calibration) -> None:
     print(f"bands    {scale.recipe} scale={scale.name}: 99 % for one more run, {len(entry['seeds'])} seeds")
     for name, one in entry["metrics"].items():
         values = " ".join(f"{value:.4g}" for value in one["values"])
-        print(f"  {name:<28} {one['band'][0]:.4g} to {one['band'][1]:.4g}   mean {one['mean']:.4g} of {values}")
+        band = "{:.4g} to {:.4g}".format(*one["band"]) if "band" in one else "not judged"
+        print(f"  {name:<28} {band}   mean {one['mean']:.4g} of {values}")
     for name, one in entry["broken"].items():
         print(f"  broken '{name}': {one['metric']} {one['value']:.4g}")
-    for name, reasons in made.blind.items():
-        for why in reasons:
-            print(f"warning  {scale.recipe} {name}: the band {why}")
+    for name, one in entry["metrics"].items():
+        if "no_band" in one:
+            print(f"no band  {scale.recipe} {name}: {one['no_band']}")
+    for name, unnoticed in made.unnoticed.items():
+        for what in unnoticed:
+            print(f"warning  {scale.recipe} {name}: {what}")

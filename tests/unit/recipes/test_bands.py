@@ -15,6 +15,8 @@ from alignlab.recipes.scale import Metric
 
 PLAIN = Metric("x", "x", "a.x", None, None)
 DIFFERENCE = Metric("d", "d", "a.x", "b.x", None)
+RATIO = Metric("r", "r", "a.x", None, None, "b.x")
+CHANCE = Metric("c", "c", "a.x", None, None, chance=0.5)
 
 
 def test_a_band_by_hand() -> None:
@@ -42,18 +44,20 @@ def test_values_without_spread_make_a_point() -> None:
 
 
 @pytest.mark.parametrize(
-    ("metric", "band", "broken", "said"),
+    ("metric", "band", "said"),
     [
-        (DIFFERENCE, Band(-0.1, 0.2), {}, ["holds zero: a run without the difference would pass"]),
-        (DIFFERENCE, Band(0.1, 0.2), {"late": 0.15, "off": 0.3}, ["holds the broken setting 'late' (0.15)"]),
-        (DIFFERENCE, Band(0.1, 0.2), {"off": -0.1}, []),
-        (PLAIN, Band(-0.1, 0.2), {}, []),
-        (PLAIN, Band(-0.1, 1.2), {}, ["holds everything from 0 to 1"]),
-        (PLAIN, Band(1.0, 1.0), {}, ["has no width: the seeds do not differ, so it says nothing of other runs"]),
+        (DIFFERENCE, Band(-0.1, 0.2), "the seeds' band (-0.1 to 0.2) holds 0: a run without the effect would pass"),
+        (DIFFERENCE, Band(0.1, 0.2), ""),
+        (RATIO, Band(0.5, 1.1), "the seeds' band (0.5 to 1.1) holds 1: a run without the effect would pass"),
+        (RATIO, Band(0.2, 0.9), ""),
+        (CHANCE, Band(0.4, 0.9), "the seeds' band (0.4 to 0.9) holds 0.5: a run without the effect would pass"),
+        (PLAIN, Band(-0.1, 0.2), ""),
+        (PLAIN, Band(-0.1, 1.2), "the seeds' band (-0.1 to 1.2) holds everything from 0 to 1"),
+        (PLAIN, Band(1.0, 1.0), "the seeds do not differ, so they say nothing of other runs"),
     ],
 )
-def test_what_cannot_fail_is_said(metric: Metric, band: Band, broken: dict[str, float], said: list[str]) -> None:
-    assert bands.blind_to(metric, band, broken) == said
+def test_what_cannot_fail_is_no_band(metric: Metric, band: Band, said: str) -> None:
+    assert bands.cannot_fail(metric, band) == said
 
 
 def test_one_scale_is_written_and_the_others_stay(tmp_path: Path) -> None:

@@ -23,14 +23,17 @@ def test_what_stands_at_a_path(path: str, found: Any) -> None:
     assert follow(RESULT, path) == found
 
 
-def scale(value: str, minus: str | None = None) -> Scale:
-    metric = Metric("m", "m", value, minus, None)
+def scale(value: str, minus: str | None = None, over: str | None = None) -> Scale:
+    metric = Metric("m", "m", value, minus, None, over)
     return Scale("r", "toy", Path("r/toy.yaml"), "t", None, None, "", metrics={"m": metric})
 
 
-def test_a_metric_is_a_number_or_the_difference_of_two() -> None:
+def test_a_metric_is_a_number_a_difference_or_a_ratio() -> None:
     results = {"a": RESULT, "b": {"x": 0.2}}
     assert measured(scale("a.after.eval_control/match", "b.x"), results) == {"m": pytest.approx(0.3)}
+    assert measured(scale("a.text", over="b.x"), results) == {"m": pytest.approx(1.25)}
+    with pytest.raises(ConfigError, match=r"metrics\.m\.over: 'b\.zero' is 0"):
+        measured(scale("a.text", over="b.zero"), {**results, "b": {"zero": 0}})
     assert measured(scale("a.text"), results) == {"m": 0.25}
     assert measured(scale("a.text", "c.x"), results) == {}  # stage c was not done
 

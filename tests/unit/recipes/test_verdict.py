@@ -17,7 +17,7 @@ SCALE = Scale("ift", "toy", Path("ift/toy.yaml"), "t", None, None, "", metrics={
 
 def made(value: float | None, band: Band | None = Band(0.1, 0.2), **more: Any) -> Verdict:  # noqa: B008
     values = {} if value is None else {"gain": value}
-    return Verdict(SCALE, 0, lines_of(SCALE, values, {} if band is None else {"gain": band}, None), **more)
+    return Verdict(SCALE, 0, lines_of(SCALE, values, {} if band is None else {"gain": band}, {}, None), **more)
 
 
 @pytest.mark.parametrize(
