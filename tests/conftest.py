@@ -17,6 +17,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 import forks  # noqa: E402
+import zygote  # noqa: E402
 
 LONGEST = (
     "invariant/test_curves.py",
@@ -60,4 +61,4 @@ def _what_a_file_registers_ends_with_it() -> Iterator[None]:
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     """What alignlab starts of itself in this test, points of a sweep, stages, ranks, comes from the zygote."""
     for module in (processes, supervise):
-        monkeypatch.setattr(module, "subprocess", forks.Subprocess())
+        monkeypatch.setattr(module, "subprocess", zygote.Subprocess(forks.from_zygote))

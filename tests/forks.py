@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from zygote import COMMAND, MESSAGE, ours
+from zygote import COMMAND, MESSAGE
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -169,23 +169,14 @@ zygote = Zygote()
 start = zygote.start
 
 
-class Subprocess:
-    """Stands in for the module ``subprocess`` where alignlab starts alignlab (``alignlab.processes.subprocess``)."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(subprocess, name)
-
-    @staticmethod
-    def Popen(command: list[str], **options: Any) -> Any:
-        """A process of ours comes from the zygote, any other is started."""
-        if not ours(command):
-            return subprocess.Popen(command, **options)
-        out, err = (_descriptor(options.get(name), number) for name, number in (("stdout", 1), ("stderr", 2)))
-        if options.get("stderr") == subprocess.STDOUT:
-            err = out
-        order = {"command": command[1:], "session": options.get("start_new_session", False)}
-        with open(os.dup(out), "wb") as first, open(os.dup(err), "wb") as second:
-            return zygote.fork(order, os.getcwd(), options.get("env") or os.environ, out=first, err=second)
+def from_zygote(command: list[str], options: dict[str, Any]) -> Any:
+    """What :class:`zygote.Subprocess` calls in a pytest process."""
+    out, err = (_descriptor(options.get(name), number) for name, number in (("stdout", 1), ("stderr", 2)))
+    if options.get("stderr") == subprocess.STDOUT:
+        err = out
+    order = {"command": command[1:], "session": options.get("start_new_session", False)}
+    with open(os.dup(out), "wb") as first, open(os.dup(err), "wb") as second:
+        return zygote.fork(order, os.getcwd(), options.get("env") or os.environ, out=first, err=second)
 
 
 def _descriptor(stream: int | IO[bytes] | None, default: int) -> int:

@@ -159,18 +159,22 @@ def _take_streams(streams: Mapping[int, int]) -> None:
 
 
 class Subprocess:
-    """Stands in for the module ``subprocess`` where alignlab starts alignlab: a fork of this process instead."""
+    """Stands in for the module ``subprocess`` where alignlab starts alignlab: ``fork(command, options)`` instead."""
+
+    def __init__(self, fork: Callable[[list[str], dict[str, Any]], Any]) -> None:
+        self._fork = fork
 
     def __getattr__(self, name: str) -> Any:
         return getattr(subprocess, name)
 
-    @staticmethod
-    def Popen(command: list[str], **options: Any) -> Any:
+    def Popen(self, command: list[str], **options: Any) -> Any:
         """A process of ours is forked, any other is started."""
-        if not ours(command):
-            return subprocess.Popen(command, **options)
-        session = options.pop("start_new_session", False)
-        return Forked(fork(_child, command[1:], options, session=session))
+        return self._fork(command, options) if ours(command) else subprocess.Popen(command, **options)
+
+
+def _own_fork(command: list[str], options: dict[str, Any]) -> Forked:
+    session = options.pop("start_new_session", False)
+    return Forked(fork(_child, command[1:], options, session=session))
 
 
 def _child(command: list[str], options: Mapping[str, Any]) -> int:
@@ -205,7 +209,7 @@ def run(command: list[str]) -> int:
     _own_thread_pool()
     if command[:2] == AGENT:
         return agent(command[2:])
-    processes.subprocess = supervise.subprocess = Subprocess()  # type: ignore[attr-defined]
+    processes.subprocess = supervise.subprocess = Subprocess(_own_fork)  # type: ignore[attr-defined]
     if command[:2] != COMMAND:
         sys.argv = command[1:]
         runpy.run_module(command[1], run_name="__main__", alter_sys=True)

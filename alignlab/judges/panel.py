@@ -38,14 +38,19 @@ def make_panel(template: Template, sides: list[Side], prompts: list[str], seed: 
 
 
 @dataclass
-class Pairs:
-    """Two sides, each prompt in both orders; answers that are the same text are a tie without a question."""
+class _Asked:
+    """What every kind of panel is made of, and what it asks."""
 
     template: Template
     sides: list[Side]
     prompts: list[str]
     seed: int
     requests: list[Messages] = field(init=False)
+
+
+@dataclass
+class Pairs(_Asked):
+    """Two sides, each prompt in both orders; answers that are the same text are a tie without a question."""
 
     def __post_init__(self) -> None:
         self.requests = []
@@ -79,14 +84,8 @@ class Pairs:
 
 
 @dataclass
-class Scores:
+class Scores(_Asked):
     """Every side's answers rated one by one."""
-
-    template: Template
-    sides: list[Side]
-    prompts: list[str]
-    seed: int
-    requests: list[Messages] = field(init=False)
 
     def __post_init__(self) -> None:
         self.requests = [self.template.messages(p, [side.answers[p]]) for side in self.sides for p in self.prompts]
@@ -112,14 +111,8 @@ class Scores:
 
 
 @dataclass
-class Rankings:
+class Rankings(_Asked):
     """All sides' answers to a prompt at once, in an order drawn for the prompt and in the reverse of it."""
-
-    template: Template
-    sides: list[Side]
-    prompts: list[str]
-    seed: int
-    requests: list[Messages] = field(init=False)
 
     def __post_init__(self) -> None:
         self.requests = []
