@@ -40,7 +40,6 @@ NAMES = ("run.name", "output_dir")
 """Keys that say which of the two a run is."""
 
 Pair = tuple[Any, Any]
-MISSING = None
 
 
 @dataclass(frozen=True)
@@ -163,13 +162,13 @@ class Run:
 def difference(one: Run, other: Run, tolerance: float = TOLERANCE) -> RunDiff:
     """Everything that two runs differ in."""
     found = RunDiff()
-    for key, values in _differing(one.config, other.config).items():
+    for key, values in schema.differing(one.config, other.config).items():
         if key in NAMES:
             continue
         (found.speed if names.is_speed(key) else found.numbers)[key] = values
         found.set_by[key] = (one.set_by(key), other.set_by(key))
-    found.data = _differing(one.data, other.data)
-    found.versions = _differing(one.environment, other.environment)
+    found.data = schema.differing(one.data, other.data)
+    found.versions = schema.differing(one.environment, other.environment)
     base = (one.fields.get("base"), other.fields.get("base"))
     found.model = {"base weights": base} if None not in base and base[0] != base[1] else {}
     found.steps = (one.folder.status().get("step", 0), other.folder.status().get("step", 0))
@@ -225,14 +224,6 @@ def _pairs(one: Run, other: Run, found: RunDiff, tolerance: float) -> None:
         place = int(apart[0])
         sample = one.ledger.kept["id"][int(first[1, place])].as_py()
         found.pair = PairPoint(int(first[0, place]), sample, (float(a[place]), float(b[place])))
-
-
-def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Pair]:
-    return {
-        key: (one.get(key, MISSING), other.get(key, MISSING))
-        for key in dict.fromkeys((*one, *other))
-        if one.get(key, MISSING) != other.get(key, MISSING)
-    }
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import re
 import textwrap
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, is_dataclass
 from enum import Enum
 from functools import cache
@@ -107,6 +108,13 @@ def build(cls: type, values: dict[str, Any], objective: str | None, prefix: str 
         elif key in values:
             arguments[field.name] = values[key]
     return cls(**arguments)
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The keys that two flat mappings do not have alike: (of the first, of the second), None where one lacks it."""
+    return {
+        key: (one.get(key), other.get(key)) for key in dict.fromkeys((*one, *other)) if one.get(key) != other.get(key)
+    }
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

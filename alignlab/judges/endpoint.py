@@ -105,7 +105,8 @@ class Endpoint:
 
     def estimate(self, requests: Sequence[Messages]) -> Estimate:
         """What asking ``requests`` (each once) would take, by the texts' sizes; what is known costs nothing."""
-        new = [one for one in self._distinct(requests).values() if self.known(one) is None]
+        distinct = self._distinct(requests)
+        new = [one for one in distinct.values() if self.known(one) is None]
         sizes = [sum(len(message["content"].encode()) for message in one) for one in new]
         tokens_in = sum(size // BYTES_A_TOKEN + AROUND for size in sizes)
         most_out = None if self.config.max_tokens is None else len(new) * self.config.max_tokens
@@ -113,7 +114,7 @@ class Endpoint:
         if self.config.price_in is not None and self.config.price_out is not None:
             least = tokens_in * self.config.price_in / 1e6
             most = None if most_out is None else least + most_out * self.config.price_out / 1e6
-        return Estimate(len(self._distinct(requests)) - len(new), len(new), tokens_in, most_out, least, most)
+        return Estimate(len(distinct) - len(new), len(new), tokens_in, most_out, least, most)
 
     def ask(self, requests: Sequence[Messages], done: Callable[[int, int], None] = lambda i, n: None) -> list[Reply]:
         """The replies to ``requests``, in order; ``done(i, n)`` is told after each of the n that were not known.

@@ -61,14 +61,15 @@ def named_scorers(words: Sequence[str], config: RootConfig) -> dict[str, TextSco
     found: dict[str, TextScorer] = {}
     for word in words:
         said = None if Path(word).expanduser().exists() else _NAMED.fullmatch(word)
-        name, what = said.groups() if said else (_short(word), word)
+        name, what = said.groups() if said else (short_name(word), word)
         if name in found:
             raise ConfigError(f"score: two scorers are called '{name}'; name them, score=[NAME={what}, ...]")
         found[name] = make_scorer(what, config)
     return found
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
+    """What a run or model folder is called on the screen; the run, where it is a run's ``model/``."""
     path = Path(name)
     return path.parent.name if path.name == "model" and path.parent.name else path.name
 

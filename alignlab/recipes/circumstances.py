@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from alignlab.configuration import names, yamlio
+from alignlab.configuration.schema import differing
 from alignlab.recipes.plan import Planned, stated
 from alignlab.recipes.work import manifests
 from alignlab.verbs.env import collect
@@ -97,7 +98,7 @@ def other_versions(recorded: Mapping[str, Any], versions: Iterable[Mapping[str, 
     found = [
         f"{name} {was} -> {is_now}"
         for one in versions
-        for name, was, is_now in _differing(recorded.get("versions", {}), one)
+        for name, (was, is_now) in differing(recorded.get("versions", {}), one).items()
     ]
     return list(dict.fromkeys(found))
 
@@ -127,17 +128,11 @@ def _of_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[
         composed = not {"on", "code"} & set(now[name])  # what trainings share stands under "*", and is theirs alone
         was, is_now = ({**(found.get("*", {}) if composed else {}), **found[name]} for found in (before, now))
         said = stated(is_now) if composed else is_now
-        for key, old, new in _differing(was, is_now):
+        for key, (old, new) in differing(was, is_now).items():
             if key in was or key in said:  # a key that alignlab has got since, and nobody set, is no difference
                 stages.setdefault(f"{key} {_short(old)} -> {_short(new)}", []).append(name)
     yield from (f"{text} ({', '.join(names)})" for text, names in stages.items())
     yield from (f"stage {name} is gone" for name in before if name not in now)
-
-
-def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    for key in [*before, *(key for key in now if key not in before)]:
-        if before.get(key) != now.get(key):
-            yield key, before.get(key), now.get(key)
 
 
 def _short(value: Any) -> str:

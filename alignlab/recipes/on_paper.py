@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from alignlab.cli import Request, emit
 from alignlab.launching import slurm
 from alignlab.recipes.dry_run import dry_run_stages
 from alignlab.recipes.plan import Case, Planned, plan
-from alignlab.recipes.work import commands, prepare_files
+from alignlab.recipes.work import prepare_files, shown
 
 
 def print_commands(request: Request, cases: Sequence[Case], home: Path) -> int:
@@ -24,14 +23,15 @@ def print_commands(request: Request, cases: Sequence[Case], home: Path) -> int:
         print(f"# {case.scale.hardware or 'hardware: not stated'}. Nothing was started; execute=true does the stages.")
         for name, one in stages.items():
             prepare_files(one)
-            lines = [shlex.join(words) for words in commands(one)]
             after = f", after {', '.join(one.needs)}" if one.needs else ""
             print(f"\n# {name} ({one.spec.kind}{after})")
             batch = _batch_options(one)
             if batch:
                 print(f"#SBATCH {batch}")
-            print("\n".join(lines), flush=True)
-            found.append({"recipe": case.scale.recipe, "stage": name, "commands": lines, "sbatch": batch or None})
+            print(shown(one), flush=True)
+            found.append(
+                {"recipe": case.scale.recipe, "stage": name, "commands": [shown(one)], "sbatch": batch or None}
+            )
         print()
     emit(request, {"path": str(home), "stages": found})
     return 0

@@ -25,14 +25,14 @@ def work_of(planned: Planned, stop: StopFlag) -> Callable[[Path], dict[str, Any]
     return {"train": _train, "run": _function}.get(planned.spec.kind, _verb)(planned, stop)
 
 
-def commands(planned: Planned) -> list[list[str]]:
+def command(planned: Planned) -> list[str]:
     """The command line that the stage stands for, a file of its settings being written beforehand."""
     kind = planned.spec.kind
     if kind == "run":
         file, _, name = planned.spec.function.partition(":")
-        return [[sys.executable, "-m", "alignlab.recipes.child", str(planned.spec.file.parent / file), name,
-                 str(planned.folder)]]  # fmt: skip
-    return [["alignlab", *_words(planned)]]
+        own = str(planned.spec.file.parent / file)
+        return [sys.executable, "-m", "alignlab.recipes.child", own, name, str(planned.folder)]
+    return ["alignlab", *_words(planned)]
 
 
 def prepare_files(planned: Planned) -> None:
@@ -50,7 +50,7 @@ def prepare_files(planned: Planned) -> None:
 
 def shown(planned: Planned) -> str:
     """The command as one types it."""
-    return "\n".join(shlex.join(words) for words in commands(planned))
+    return shlex.join(command(planned))
 
 
 def _words(planned: Planned) -> list[str]:
@@ -85,8 +85,7 @@ def _verb(planned: Planned, stop: StopFlag) -> Callable[[Path], dict[str, Any]]:
 def _function(planned: Planned, stop: StopFlag) -> Callable[[Path], dict[str, Any]]:
     def work(folder: Path) -> dict[str, Any]:
         prepare_files(planned)
-        (command,) = commands(planned)
-        return stages.answered(command, folder / "answer.json", folder / "run.txt", stop)
+        return stages.answered(command(planned), folder / "answer.json", folder / "run.txt", stop)
 
     return work
 

@@ -10,6 +10,7 @@ from typing import Any
 from alignlab.cli import Request, emit
 from alignlab.config import RootConfig
 from alignlab.errors import ConfigError, StorageError
+from alignlab.measuring.scorers import short_name
 from alignlab.measuring.scoring import Scored, reward_model, same_pairs, score
 from alignlab.rewards import report
 from alignlab.rewards.benchmarks import benchmark
@@ -60,7 +61,7 @@ def run(request: Request) -> int:
             )
         for line in report.lines(result):
             print(line)
-        name = _short(one.model)
+        name = short_name(one.model)
         calibrations[one.model if name in calibrations else name] = calibration(one.judged.margins)
     result = results[0]
     if len(found) == 2:
@@ -140,11 +141,6 @@ def _rows(scored: Scored) -> str:
         + (f"   the first {taken:,} of them" if taken < manifest["samples"] else "")
         + f"   {len(scored.judged.pairs):,} pairs   template {scored.template}"
     )
-
-
-def _short(name: str) -> str:
-    path = Path(name)
-    return path.parent.name if path.name == "model" and path.parent.name else path.name
 
 
 def _written(
