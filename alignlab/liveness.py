@@ -17,12 +17,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from alignlab.cli import Request
 from alignlab.config import OptimConfig, RootConfig
 from alignlab.configuration import checks, names, schema, yamlio
 from alignlab.configuration.watch import watched
 from alignlab.errors import ConfigError
 from alignlab.registry import OBJECTIVES
+from alignlab.request import Request
 
 SECTIONS = ("objective", "optim")
 SELECTORS = ("objective.name", "optim.name")
@@ -157,15 +157,15 @@ def take_steps(objective: Any, optim: OptimConfig, index: Any) -> None:
         loader.mismatched_values = {"reference": dict.fromkeys(pairs, -8.0)}
     context = StepContext(1, _STEPS, warmup_steps(optim, _STEPS), 0, plan.totals)
     for changes in ({}, {"step": _STEPS - 1}, {"training": False}):
-        run_step(_made_up, objective, loader, plan, replace(context, **changes), Meter())
+        run_step(made_up, objective, loader, plan, replace(context, **changes), Meter())
     if hasattr(objective, "end_of_step"):
         from alignlab.train.single import ScoreEngine
         from alignlab.train.step import with_statistics
 
-        objective.end_of_step(with_statistics(ScoreEngine(_made_up), objective, loader, plan, context))
+        objective.end_of_step(with_statistics(ScoreEngine(made_up), objective, loader, plan, context))
 
 
-def _made_up(batch: Any, ask: Any) -> Any:
+def made_up(batch: Any, ask: Any) -> Any:
     """Scores of no model: as many as were asked for, the same every time."""
     import torch
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from alignlab.configuration import compose, keys, names, schema
+from alignlab.configuration import keys, names, schema
+from alignlab.configuration.frozen import flat_file
 from alignlab.data.ledger_query import Ledger, Parting, parting
 from alignlab.engine import checkpoint
 from alignlab.equivalence.compare import FLOOR, ONE, relative
@@ -111,7 +112,7 @@ class Run:
 
         A key that the version of the run did not have yet was at its default.
         """
-        frozen = compose.flat_file(self.folder.run_yaml)
+        frozen = flat_file(self.folder.run_yaml)
         name = frozen.get("objective.name")
         known = schema.schema(name if name is not None and OBJECTIVES.is_builtin(name) else None)
         defaults = {key: schema.plain(one.default) for key, one in known.items() if one.default != schema.REQUIRED}

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from alignlab.config import RootConfig
-from alignlab.configuration import compose, names
+from alignlab.configuration import names
+from alignlab.configuration.frozen import frozen_text
 from alignlab.data.cache import Claim
 from alignlab.errors import AlignlabError, ConfigError, Preempted
 from alignlab.processes import StopFlag, call
@@ -173,7 +174,7 @@ def train(config: RootConfig, provenance: Mapping[str, str], folder: Path) -> di
     What it prints goes to ``folder/train.txt``.  Raises the error that its exit code stands for.
     """
     file = folder / "train.yaml"
-    write_atomic(file, compose.frozen_text(config, provenance))
+    write_atomic(file, frozen_text(config, provenance))
     return train_file(file, folder)
 
 

@@ -103,7 +103,7 @@ class EncodedSequence:
     tokens: np.ndarray
     target: np.ndarray
     roles: np.ndarray | None = None
-    """uint8 [n]: whose words each token is (``data.template.ROLES``); for the account only, no index holds it"""
+    """uint8 [n]: whose words each token is (``data.masks.ROLES``); for the account only, no index holds it"""
 
 
 @dataclass(slots=True)

@@ -11,21 +11,23 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from alignlab import liveness
-from alignlab.cli import Request
 from alignlab.config import DataConfig, ModelConfig, RootConfig, SourceConfig
 from alignlab.data import cache
 from alignlab.data.index import Index
-from alignlab.data.prepare import Needs, prepare, sources_of
+from alignlab.data.prepare import prepare
+from alignlab.data.sources import Needs, sources_of
 from alignlab.engine.base import check, resolve_name
 from alignlab.errors import AlignlabError, ConfigError
 from alignlab.models import fourbit
 from alignlab.models.load import at_hand, check_same_tokens, load_tokenizer, resolve_dtype
 from alignlab.registry import OBJECTIVES
+from alignlab.request import Request
 from alignlab.runs.job import make_encoder, make_objective, needs_of
 
 ROWS = 64
@@ -80,18 +82,37 @@ def _is_8bit(config: RootConfig) -> bool:
     return config.optim.name == "adamw_8bit"
 
 
-def _engine(config: RootConfig, found: Findings) -> None:
-    """What the engine refuses; with ``auto`` the ranks and the dtype are those of this machine, where not stated."""
+class Placement(NamedTuple):
+    """What a training would run on."""
+
+    engine: str
+    """resolved: never ``auto``"""
+    ranks: int
+    device: torch.device
+    dtype: torch.dtype
+
+
+def placement(config: RootConfig, *, gpu: bool = False) -> Placement:
+    """Engine, ranks, kind of device and dtype; where not stated they are those of this machine, or of a ``gpu``.
+
+    Raises ConfigError for what the engine refuses.
+    """
     launch = config.launch
     own = max(1, torch.cuda.device_count())
     named = launch.gpus_per_node if launch.name in ("slurm", "sbatch") and launch.nproc == "auto" else None
     ranks = launch.nnodes * (int(launch.nproc) if launch.nproc != "auto" else named or own)
-    if config.engine.name == "local":
+    if config.engine.name == "local" or launch.name == "inline":
         ranks = 1  # a launcher on many ranks is a rule of the configuration
+    name = resolve_name(config.engine.name, ranks)
+    device = torch.device("cuda" if gpu or torch.cuda.is_available() or named else "cpu")
+    dtype = resolve_dtype(config.model.dtype, device)
+    check(name, config.optim, config.engine, dtype, ranks)
+    return Placement(name, ranks, device, dtype)
+
+
+def _engine(config: RootConfig, found: Findings) -> None:
     try:
-        name = resolve_name(config.engine.name, ranks)
-        device = torch.device("cuda" if torch.cuda.is_available() or named else "cpu")
-        check(name, config.optim, config.engine, resolve_dtype(config.model.dtype, device), ranks)
+        placement(config)
     except ConfigError as error:
         found.add(error)
 

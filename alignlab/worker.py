@@ -22,7 +22,7 @@ from alignlab import dist, heartbeat
 from alignlab.config import RootConfig
 from alignlab.configuration import keys
 from alignlab.configuration.checks import redact
-from alignlab.configuration.compose import load_frozen
+from alignlab.configuration.frozen import load_frozen
 from alignlab.configuration.schema import flatten
 from alignlab.configuration.watch import plain, watched
 from alignlab.data.ledger import SAMPLES_FILE, StepLedger

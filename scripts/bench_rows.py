@@ -18,8 +18,9 @@ from alignlab.data.examples import prune, to_examples
 from alignlab.data.formats import to_sample
 from alignlab.data.index import Index
 from alignlab.data.plan import StepPlans, permutation
-from alignlab.data.prepare import Needs, prepare
+from alignlab.data.prepare import prepare
 from alignlab.data.rows import read_rows
+from alignlab.data.sources import Needs
 from alignlab.runs.job import make_encoder
 from alignlab.types import Sample, Unit
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from alignlab.config import DataConfig, EvalConfig, RootConfig
 from alignlab.configuration import schema
-from alignlab.data.prepare import Needs, Prepared, prepare
+from alignlab.data.prepare import Prepared, prepare
+from alignlab.data.sources import Needs
 from alignlab.data.template import Encoder
 from alignlab.errors import ConfigError, DataError
 from alignlab.objectives.pair_losses import LOSS_TYPES

@@ -18,6 +18,8 @@ MAX_BYTES = 256 * 1024
 MAX_DEPTH = 20
 MAX_NODES = 10_000
 """Keys and values of one file: reading so many takes about half a second."""
+WIDTH = 60
+"""Characters of one value on a screen."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -101,6 +103,18 @@ def load(path: Path) -> Any:
 
 _PLAIN = re.compile(r"[A-Za-z_./][A-Za-z0-9_./-]*")
 _RESERVED = re.compile(r"(?i)null|true|false|\.inf|\.nan|\.[0-9]+(e[-+]?[0-9]+)?")
+
+
+def brief(value: Any) -> str:
+    """``value`` for people: text as it is, all else as :func:`scalar` has it, cut to ``WIDTH`` characters.
+
+    Of a hash, alone or behind a ``#``, the first digits; they are never cut off, since they tell two values apart.
+    """
+    text = value if isinstance(value, str) else scalar(value)
+    name, mark, digest = text.rpartition("#")
+    if re.fullmatch(r"[0-9a-f]{64}", digest):
+        return f"{name}{mark}{digest[:8]}"
+    return text if len(text) <= WIDTH else text[: WIDTH - 3] + "..."
 
 
 def scalar(value: Any) -> str:

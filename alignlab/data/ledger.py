@@ -20,9 +20,9 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from alignlab.data.index import Index
+from alignlab.data.masks import ROLES
 from alignlab.data.plan import StepPlan
 from alignlab.data.segments import Segments, columns_of
-from alignlab.data.template import ROLES
 from alignlab.errors import StorageError
 from alignlab.types import EncodedSample, Unit
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from alignlab.data.ledger import read_samples, read_steps, stream_hash
-from alignlab.data.template import ROLES
+from alignlab.data.masks import ROLES
 from alignlab.errors import ConfigError
 
 SHOWN = ("id", "source", "file", "line", "tokens", "supervised")

@@ -3,6 +3,10 @@
 A rendered conversation is encoded as a whole, nothing added (the template writes its own BOS and EOS), and a token is
 a target if it belongs to a stretch that the assistant has to write: spans make masks, never a comparison with a token
 id.  Plain text gets what the tokenizer adds in front, and one end-of-sequence token.
+
+What is rendered is said by :mod:`alignlab.data.turns`, the text and its stretches come from :mod:`alignlab.data.chat`,
+tokens from :mod:`alignlab.data.span_tokens`, marks from :mod:`alignlab.data.masks`; what a row becomes is decided
+here.
 """
 
 from __future__ import annotations
@@ -10,29 +14,24 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
 
-from alignlab.data.chat import Chat, ControlToken, Path, Refused, Span
-from alignlab.data.examples import fault, prune, target_turns
+from alignlab.data.chat import Chat, ControlToken, Path, Refused
+from alignlab.data.examples import fault, prune
+from alignlab.data.masks import roles_of, roles_of_plain, target_mask
+from alignlab.data.span_tokens import SpanTokenizer
+from alignlab.data.turns import clean, conversations
 from alignlab.errors import ConfigError, DataError
 from alignlab.types import EncodedSample, EncodedSequence, Message, Sample, Sequence
 
 VERSION = 2
-"""Part of every fingerprint: raise it when a change here changes tokens or targets."""
-
-ROLES = ("system", "user", "assistant", "tool", "prompt", "completion", "template", "other")
-"""Whose words a token is, for the ledger.  Of turns: the speaker's (a target is always the assistant's), or what the
-template writes around them; ``other`` where the template does not show which.  ``prompt`` and ``completion`` are plain
-text and rows of tokens."""
-_CODES = {role: code for code, role in enumerate(ROLES)}
+"""Part of every fingerprint: raise it when a change here, or in what this is made of, changes tokens or targets."""
 
 _VERIFIED = 32
 """So many paths are decoded again and compared with the rendered text (a tokenizer whose offsets lie is refused)."""
@@ -49,14 +48,6 @@ class Dropped:
 
 class Overlong(DataError):
     """A sequence is longer than ``data.max_length`` and ``data.overlong`` is ``error``."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Encoding:
-    """Token ids with the [start, end) of the text each stands for; the intervals cover the text without gaps."""
-
-    ids: list[int]
-    spans: list[Span]
 
 
 class Encoder:
@@ -85,8 +76,7 @@ class Encoder:
                 raise ConfigError(f"data.{name} must be {' | '.join(known)}, not '{value}'")
         if max_length is not None and max_length < 2:
             raise ConfigError(f"data.max_length must be at least 2, not {max_length}")
-        if tokenizer is not None and not getattr(tokenizer, "is_fast", False):
-            raise DataError("the tokenizer is a slow one and cannot say where tokens stand; use its fast version")
+        self._text = SpanTokenizer(tokenizer) if tokenizer is not None else None
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.overlong = overlong
@@ -94,7 +84,6 @@ class Encoder:
         self.partial: Counter[str] = Counter()
         """sequences and pairs left out of rows that were kept, by reason; its reader clears it"""
         self._chat = Chat(tokenizer, chat_template) if tokenizer is not None else None
-        self._control = frozenset(tokenizer.added_tokens_decoder if tokenizer is not None else ())
         spelled = sorted(tokenizer.all_special_tokens if tokenizer is not None else (), key=len, reverse=True)
         self.markup = re.compile("|".join(map(re.escape, spelled))) if spelled else None
         """the special tokens as text: a response of nothing else says nothing"""
@@ -188,17 +177,17 @@ class Encoder:
             for sequence in sample.sequences:
                 if isinstance(sequence.prompt, list) or isinstance(sequence.completion, list):
                     with suppress(DataError, LookupError, TypeError, AttributeError):  # ``encode`` says what is wrong
-                        found += [(*one, sample.tools) for one in _conversations(sequence, whole)]
+                        found += [(*one, sample.tools) for one in conversations(sequence, whole)]
         self._chat.foresee(found)
 
     def render_prompt(self, messages: list[Message] | str, tools: list[Any] | None = None) -> list[int]:
         """Token ids of a prompt to answer: with the generation prompt, or plain text as the tokenizer begins it."""
+        assert self._chat is not None, "a prompt needs a tokenizer"
+        assert self._text is not None
         if isinstance(messages, str):
-            spelled = self._chat.special(messages) if self._chat else ()
-            return self._tokens(Path(messages, text_only=spelled), special=True).ids
-        assert self._chat is not None, "turns need a tokenizer"
+            return self._text.tokens(Path(messages, text_only=self._chat.special(messages)), special=True).ids
         try:
-            return self._tokens(self._chat.prompt(_clean(messages), tools)).ids
+            return self._text.tokens(self._chat.prompt(clean(messages), tools)).ids
         except Refused as error:
             raise DataError(f"the chat template {self.template_name} refuses the prompt: {error}") from None
 
@@ -227,24 +216,32 @@ class Encoder:
         if isinstance(sequence.prompt, str) or isinstance(sequence.completion, str):
             raise DataError(f"row {sample.id}: prompt and completion must both be text or both be turns")
         whole = self.history_reasoning == "keep" or bool(sample.pairs)
-        return [self._conversation(turns, targets, sample) for turns, targets in _conversations(sequence, whole)]
+        return [self._conversation(turns, targets, sample) for turns, targets in conversations(sequence, whole)]
 
     def _conversation(self, turns: list[Message], targets: list[int], sample: Sample) -> EncodedSequence:
         assert self._chat is not None
+        assert self._text is not None
         try:
             path = self._chat.path(turns, targets, sample.tools)
         except DataError as error:
             raise DataError(f"row {sample.id}: {error}") from None
-        encoding = self._tokens(path)
-        mask = _within(encoding.spans, path.targets)
+        encoding = self._text.tokens(path)
+        mask = target_mask(encoding.spans, path.targets)
         if self._to_verify or path.text_only:
-            self._verify(path, encoding, mask, sample)
-        return _made(encoding.ids, mask, _roles(encoding.spans, mask, self._chat.words(turns, sample.tools, path.text)))
+            self._to_verify = max(0, self._to_verify - 1)
+            if misread := self._text.misread(path, encoding, mask):
+                raise DataError(
+                    f"row {sample.id}: the target tokens read {misread[0][:60]!r}, the template {self.template_name} "
+                    f"wrote {misread[1][:60]!r}; this tokenizer cannot be masked by offsets"
+                )
+        words = self._chat.words(turns, sample.tools, path.text)
+        return _made(encoding.ids, mask, roles_of(encoding.spans, mask, words))
 
     def _plain(self, prompt: str, completion: str) -> EncodedSequence:
+        assert self._text is not None
         self._refuse_control(prompt, completion)
-        encoding = self._tokens(Path(prompt + completion), special=True)
-        ids, mask = encoding.ids, _within(encoding.spans, ((len(prompt), len(prompt) + len(completion)),))
+        encoding = self._text.tokens(Path(prompt + completion), special=True)
+        ids, mask = encoding.ids, target_mask(encoding.spans, ((len(prompt), len(prompt) + len(completion)),))
         end = self.tokenizer.eos_token_id
         if end is not None and (not ids or ids[-1] != end):
             return _made([*ids, end], [*mask, True])
@@ -255,8 +252,7 @@ class Encoder:
 
         A completion may end with the end-of-sequence token, which stands there anyway.
         """
-        if self._chat is None:
-            return
+        assert self._chat is not None
         end = self.tokenizer.eos_token or ""
         text = prompt + (completion.removesuffix(end) if end else completion)
         for start, stop in self._chat.special(text)[:1]:
@@ -273,184 +269,27 @@ class Encoder:
             one = EncodedSequence(one.tokens[:most], one.target[:most], None if one.roles is None else one.roles[:most])
         return one if one.target.any() else Dropped("no_target", "no target token is left")
 
-    # Text to tokens
-
-    def _tokens(self, path: Path, *, special: bool = False) -> _Encoding:
-        """``path`` encoded; what its ``text_only`` stretches spell is text, whatever it spells.
-
-        Control tokens cut a text before anything else looks at it, so the stretch between two real ones can be encoded
-        again on its own without changing its neighbours.
-        """
-        encoding = self._encode(path.text, special=special)
-        if not path.text_only or not self._forged(encoding, path.text_only):
-            return encoding
-        ids: list[int] = []
-        spans: list[Span] = []
-        first = 0
-        for i in range(len(encoding.ids) + 1):
-            last = i == len(encoding.ids)
-            if not last and (encoding.ids[i] not in self._control or _touches(encoding.spans[i], path.text_only)):
-                continue
-            if first < i:
-                start, end = encoding.spans[first][0], encoding.spans[i - 1][1]
-                inner = [(a - start, b - start) for a, b in path.text_only if start <= a and b <= end]
-                part = _Encoding(encoding.ids[first:i], [(a - start, b - start) for a, b in encoding.spans[first:i]])
-                part = self._as_text(path.text[start:end], inner) if inner else part
-                ids += part.ids
-                spans += [(a + start, b + start) for a, b in part.spans]
-            if not last:
-                ids.append(encoding.ids[i])
-                spans.append(encoding.spans[i])
-            first = i + 1
-        return _Encoding(ids, spans)
-
-    def _as_text(self, text: str, inner: list[Span]) -> _Encoding:
-        encoding = self._encode(text, split=True)
-        if not self._forged(encoding, inner):
-            return encoding
-        # Added tokens that are not special stay whole even so: cut each behind its first character.
-        cuts = [0, *(start + 1 for start, _ in inner), len(text)]
-        parts = [(cut, self._encode(text[cut:end], split=True)) for cut, end in pairwise(cuts)]
-        encoding = _Encoding(
-            [token for _, part in parts for token in part.ids],
-            [(a + cut, b + cut) for cut, part in parts for a, b in part.spans],
-        )
-        if self._forged(encoding, inner):
-            raise Refused("content spells a control token that this tokenizer cannot write as text")
-        return encoding
-
-    def _forged(self, encoding: _Encoding, text_only: tuple[Span, ...] | list[Span]) -> bool:
-        return any(
-            token in self._control and _touches(span, text_only)
-            for token, span in zip(encoding.ids, encoding.spans, strict=True)
-        )
-
-    def _encode(self, text: str, *, special: bool = False, split: bool = False) -> _Encoding:
-        encoded = self.tokenizer(
-            text,
-            add_special_tokens=special,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            split_special_tokens=split,
-            truncation=False,
-            verbose=False,
-        )
-        spans, last = [], 0
-        for start, end in encoded["offset_mapping"]:
-            # Some tokenizers trim the space in front of a word out of its offsets: a gap belongs to the token behind.
-            start = min(start, last)
-            spans.append((start, max(start, end)))
-            last = max(last, end)
-        return _Encoding(list(encoded["input_ids"]), spans)
-
-    def _verify(self, path: Path, encoding: _Encoding, mask: list[bool], sample: Sample) -> None:
-        """Decoding each run of targets must give back the text it was made from."""
-        self._to_verify = max(0, self._to_verify - 1)
-        for start, end in path.targets:
-            run = [i for i, span in enumerate(encoding.spans) if mask[i] and _touches(span, ((start, end),))]
-            ids = [encoding.ids[i] for i in run]
-            if self.tokenizer.unk_token_id in ids:
-                continue
-            written = path.text[encoding.spans[run[0]][0] : encoding.spans[run[-1]][1]] if run else ""
-            decoded = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            if not run or _plainly(decoded) != _plainly(written):
-                raise DataError(
-                    f"row {sample.id}: the target tokens read {decoded[:60]!r}, the template {self.template_name} "
-                    f"wrote {written[:60]!r}; this tokenizer cannot be masked by offsets"
-                )
-
     def _find_stops(self) -> list[int]:
-        if self.tokenizer is None:
+        if self._chat is None or self._text is None:
             return []
         found = {self.tokenizer.eos_token_id} - {None}
         turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
-        if self.template and self._chat is not None:
+        if self.template:
             try:
                 path = self._chat.path(turns, [1], None)
             except (Refused, DataError):
                 return sorted(found)
-            encoding = self._tokens(path)
+            encoding = self._text.tokens(path)
             behind = path.text.rindex("y") + 1
             tail = [token for token, (start, _) in zip(encoding.ids, encoding.spans, strict=True) if start >= behind]
-            found.update([token for token in tail if token in self._control][:1])
+            found.update([token for token in tail if token in self._text.control][:1])
         return sorted(found)
-
-
-def _conversations(sequence: Sequence, whole: bool) -> list[tuple[list[Message], list[int]]]:
-    """Turns with the places of the target turns: all at once (``whole``), or one path for each target turn."""
-    before: list[Message] = sequence.prompt if isinstance(sequence.prompt, list) else []
-    after: list[Message] = sequence.completion if isinstance(sequence.completion, list) else []
-    wanted = {id(turn) for turn in target_turns(after)}
-    turns = [*before, *after]
-    targets = [i for i, turn in enumerate(turns) if i >= len(before) and id(turn) in wanted]
-    turns = _clean(turns[: targets[-1] + 1])
-    return [(turns, targets)] if whole else [(turns[: i + 1], [i]) for i in targets]
-
-
-def _clean(turns: list[Message]) -> list[Message]:
-    """Turns as templates take them: no nulls, no marks of ours, a call's arguments as an object."""
-    return [_turn(turn) for turn in turns]
-
-
-def _turn(turn: Message) -> Message:
-    made = {name: value for name, value in turn.items() if value is not None and name != "weight"}
-    for i, call in enumerate(made.get("tool_calls") or []):
-        function = call.get("function", call)
-        arguments = function.get("arguments")
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments)
-            except ValueError:
-                raise DataError(f"tool_calls[{i}].arguments is no JSON: {arguments[:40]!r}") from None
-        made["tool_calls"] = [
-            *made["tool_calls"][:i],
-            {"type": "function", **call, "function": {**function, "arguments": arguments or {}}},
-            *made["tool_calls"][i + 1 :],
-        ]
-    return made
-
-
-def _within(spans: list[Span], targets: tuple[Span, ...]) -> list[bool]:
-    """Which tokens are targets: those that begin before a target's end, end behind its start, and not behind its end.
-
-    A token across the start counts (else the first letter were lost), one across the end does not (it belongs to
-    whoever speaks next).
-    """
-    mask, at = [], 0
-    for start, end in spans:
-        while at < len(targets) and start >= targets[at][1]:
-            at += 1
-        mask.append(at < len(targets) and end > targets[at][0] and end <= targets[at][1] and end > start)
-    return mask
-
-
-def _touches(span: Span, others: tuple[Span, ...] | list[Span]) -> bool:
-    return any(span[0] < end and span[1] > start for start, end in others)
-
-
-def _plainly(text: str) -> str:
-    return "".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-
-def _roles(spans: list[Span], mask: list[bool], words: list[tuple[Span, str]] | None) -> np.ndarray:
-    """uint8 [n], codes of ROLES: a target is the assistant's, another token the speaker's whose words it touches."""
-    codes = np.full(len(spans), _CODES["other" if words is None else "template"], dtype=np.uint8)
-    if words:
-        bounds = np.fromiter(chain.from_iterable(spans), dtype=np.int64, count=2 * len(spans)).reshape(-1, 2)
-        places = np.array([span for span, _ in words])
-        speakers = np.array([_CODES.get(role, _CODES["other"]) for _, role in words], dtype=np.uint8)
-        last = np.searchsorted(places[:, 0], bounds[:, 1], side="left") - 1
-        inside = (last >= 0) & (bounds[:, 0] < places[last, 1])
-        codes[inside] = speakers[last[inside]]
-    codes[np.asarray(mask, dtype=bool)] = _CODES["assistant"]
-    return codes
 
 
 def _made(ids: list[int], mask: list[bool], roles: np.ndarray | None = None) -> EncodedSequence:
     target = np.asarray(mask, dtype=bool)
     if roles is None:
-        roles = np.where(target, _CODES["completion"], _CODES["prompt"]).astype(np.uint8)
+        roles = roles_of_plain(target)
     target[:1] = False
     return EncodedSequence(np.asarray(ids, dtype=np.int32), target, roles)
 

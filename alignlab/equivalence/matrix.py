@@ -15,7 +15,8 @@ import torch
 
 from alignlab import dist
 from alignlab.config import RootConfig
-from alignlab.configuration import compose, plugins
+from alignlab.configuration import plugins
+from alignlab.configuration.frozen import frozen_text
 from alignlab.data.pack import plain_form
 from alignlab.equivalence.cells import EXACT, ROUNDING, Cell, Run, Tolerance, chosen, matrix
 from alignlab.equivalence.compare import Trace, allowed, differences
@@ -206,7 +207,7 @@ class Matrix:
         folder.logs.mkdir(parents=True)
         engine = replace(self.config.engine, timeout=min(self.config.engine.timeout, LONGEST_WAIT))
         plugins.copy(self._code, folder.plugins)
-        write_atomic(folder.run_yaml, compose.frozen_text(replace(self.config, engine=engine), {}))
+        write_atomic(folder.run_yaml, frozen_text(replace(self.config, engine=engine), {}))
         task = {"rows": self._asked[0], "steps": self.rows.steps, "runs": [asdict(run) for run in runs]}
         write_atomic(folder.path / "task.json", json.dumps(task))
         launch.supervise(folder, launch.torchrun(folder, ranks, module=RANKS_MODULE), json_wanted=True)

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from alignlab import dist
-from alignlab.configuration.compose import load_frozen
+from alignlab.configuration.frozen import load_frozen
 from alignlab.equivalence.cells import Run
 from alignlab.equivalence.compare import Trace
 from alignlab.equivalence.matrix import Outcome, attempt

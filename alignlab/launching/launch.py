@@ -22,14 +22,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from alignlab import heartbeat, pids
-from alignlab.cli import Request, emit
 from alignlab.config import RootConfig, RunConfig
-from alignlab.configuration import compose, keys, names, plugins, schema, yamlio
+from alignlab.configuration import keys, names, plugins, schema, yamlio
 from alignlab.configuration.checks import redact
+from alignlab.configuration.frozen import flat_file, frozen_text
 from alignlab.errors import AlignlabError, ConfigError, HangError, Preempted
 from alignlab.imports import importing
 from alignlab.launching.supervise import forget, lost, supervise, torchrun
 from alignlab.processes import die_with_parent
+from alignlab.request import Request, emit
 from alignlab.runfolder import RunFolder, state_of, write_atomic
 
 WAIT_SECONDS = 900.0
@@ -155,7 +156,7 @@ def settle(folder: RunFolder, request: Request) -> str:
     folder.logs.mkdir(exist_ok=True)
     forget(folder)
     plugins.copy(request.plugins, folder.plugins)
-    write_atomic(folder.run_yaml, _frozen_header(folder) + compose.frozen_text(config, provenance))
+    write_atomic(folder.run_yaml, _frozen_header(folder) + frozen_text(config, provenance))
     before = keys.recorded(folder.run_yaml)
     keys.write(folder.path, keys.record(schema.flatten(config), provenance, request.stated, request.reads, before))
     from alignlab.verbs.env import collect
@@ -183,7 +184,7 @@ def _frozen_header(folder: RunFolder) -> str:
 
 def differences(folder: RunFolder, config: RootConfig) -> list[str]:
     """``key: old -> new`` for each key that can change a number and is not what the folder's run had."""
-    before = compose.flat_file(folder.run_yaml)
+    before = flat_file(folder.run_yaml)
     contents = folder.status().get("contents", {})
     found = []
     now = names.number_keys(config)

@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignlab.cli import Request, emit
 from alignlab.config import LaunchConfig, RunConfig
-from alignlab.configuration import compose, keys, plugins, schema
+from alignlab.configuration import keys, plugins, schema
+from alignlab.configuration.frozen import frozen_text
 from alignlab.errors import ConfigError
 from alignlab.launching.launch import run_folder, run_group, supervise, torchrun
+from alignlab.request import Request, emit
 from alignlab.runfolder import RunFolder, write_atomic
 
 FIRST_PORT, PORTS = 20000, 20000
@@ -185,7 +186,7 @@ def submit(request: Request) -> int:
         if not folder.exists:
             plugins.copy(request.plugins, folder.plugins)
             frozen = dataclasses.replace(config, run=RunConfig(folder.name))
-            write_atomic(folder.run_yaml, compose.frozen_text(frozen, request.provenance))
+            write_atomic(folder.run_yaml, frozen_text(frozen, request.provenance))
             found = keys.record(schema.flatten(frozen), request.provenance, request.stated, request.reads)
             keys.write(folder.path, found)
             folder.write_status(state="submitted", attempt=0, step=0, exit_code=None, error=None)

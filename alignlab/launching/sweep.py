@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from alignlab import liveness
-from alignlab.cli import Request, emit, make_request
 from alignlab.configuration import names, schema, yamlio
 from alignlab.errors import AlignlabError, ConfigError, Preempted
 from alignlab.processes import call
+from alignlab.request import Request, emit, make_request
 from alignlab.runfolder import RunFolder, state_of, write_atomic
 
 MANAGED = ("run.name", "output_dir")

@@ -16,8 +16,8 @@ import numpy as np
 from alignlab.config import DataConfig, SourceConfig
 from alignlab.data.examples import fault, prune, rating, to_examples
 from alignlab.data.overlap import Examples, Recorder, hashes
-from alignlab.data.prepare import Needs, rows_of, sample_of, sources_of
 from alignlab.data.rows import Row, RowError
+from alignlab.data.sources import Needs, rows_of, sample_of, sources_of
 from alignlab.data.template import Dropped, Encoder, Overlong
 from alignlab.errors import ConfigError, DataError
 from alignlab.lint import languages

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from alignlab.config import DataConfig
-from alignlab.data.prepare import Needs, rows_of, sources_of
 from alignlab.data.rows import RowError
+from alignlab.data.sources import Needs, rows_of, sources_of
 from alignlab.durable import sync
 from alignlab.errors import ConfigError, DataError, StorageError
 from alignlab.lint.findings import Place

@@ -8,7 +8,7 @@ from typing import Any
 
 from alignlab import dist
 from alignlab.config import RootConfig
-from alignlab.data.prepare import Needs
+from alignlab.data.sources import Needs, holds_out
 from alignlab.errors import ConfigError, DataError
 from alignlab.measuring.verification import Answer, Prompt, answers, measured, prompts_of
 from alignlab.models.load import load_model, model_folder, resolve_dtype
@@ -27,7 +27,7 @@ def asked(config: RootConfig, verb: str, *, conditioned: bool = True) -> list[Pr
     if config.data.path is None and not config.data.sources:
         raise ConfigError(f"{verb}: nothing to answer; give eval.prompt='...' or data=<rows>")
     needs = needs_of(make_objective(config)) if config.objective is not None else Needs(Unit.SEQUENCE)
-    held_out = config.data.eval_path is not None or bool(config.data.eval_fraction)
+    held_out = holds_out(config.data)
     if not conditioned:
         needs = replace(needs, stage=None)
     prompts = list(prompts_of(config.data, needs, held_out=held_out, limit=config.eval.generate or None))

@@ -25,7 +25,8 @@ from alignlab.data.ledger import read_samples
 from alignlab.data.loader import Loader
 from alignlab.data.pack import batch_of, plain_form, to_device
 from alignlab.data.plan import sequential
-from alignlab.data.prepare import Needs, Prepared, prepare
+from alignlab.data.prepare import Prepared, prepare
+from alignlab.data.sources import Needs, holds_out
 from alignlab.data.template import Dropped
 from alignlab.engine.base import cast_parameters
 from alignlab.errors import DataError, NumericsError
@@ -189,7 +190,7 @@ def _as_stored(sample: Sample, sequences: list[EncodedSequence]) -> EncodedSampl
 def score(config: RootConfig, *, alone: int = 0) -> Scored:
     """The rewards of the rows of ``config.data`` (the held-out ones where it names some) by ``config.model``."""
     model = RewardModel(config)
-    held_out = config.data.eval_path is not None or bool(config.data.eval_fraction)
+    held_out = holds_out(config.data)
     prepared = prepare(config.data, PAIRS, model.encoder, held_out=held_out, seed=config.seed)
     if config.eval.limit is not None:
         index = prepared.index

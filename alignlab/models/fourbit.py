@@ -10,8 +10,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,7 +18,10 @@ from torch import Tensor, nn
 
 from alignlab import dist
 from alignlab.errors import ConfigError
+from alignlab.mappings import temporary_entry
 
+BLOCK, SCALES = 64, 256
+"""Weights that share a scale, and scales that share one of their own: what bitsandbytes does when nothing is said."""
 SCHEME = "quant_state.bitsandbytes__"
 """How the key of a packed weight's description goes on after ``<weight>.`` in a state dict."""
 
@@ -28,7 +30,8 @@ def bitsandbytes(wanted: str) -> Any:
     """The package; ConfigError naming ``wanted`` where it is not installed."""
     if not installed():
         raise ConfigError(f"{wanted} needs bitsandbytes: pip install 'alignlab[qlora]'")
-    with _without_hub_kernels():
+    # With the package ``kernels``, bitsandbytes, imported on a CPU, downloads native code from the hub: hide it.
+    with temporary_entry(sys.modules, "kernels", None):
         import bitsandbytes as package
     return package
 
@@ -36,20 +39,6 @@ def bitsandbytes(wanted: str) -> Any:
 def installed() -> bool:
     """Whether bitsandbytes can be imported."""
     return importlib.util.find_spec("bitsandbytes") is not None
-
-
-@contextmanager
-def _without_hub_kernels() -> Iterator[None]:
-    """Hide the package ``kernels``: with it bitsandbytes, imported on a CPU, downloads native code from the hub."""
-    before = sys.modules.get("kernels")
-    sys.modules["kernels"] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        if before is None:
-            del sys.modules["kernels"]
-        else:
-            sys.modules["kernels"] = before
 
 
 def pack_linears(model: Any) -> Any:
@@ -61,16 +50,31 @@ def pack_linears(model: Any) -> Any:
     bnb = bitsandbytes("peft=qlora")
     if model.dtype == torch.float64:
         raise ConfigError("peft=qlora works in fp32 and bf16, not with model.dtype=fp64")
+    for name, linear in packable(model):
+        model.set_submodule(name, _packed(bnb, linear, dist.device()))
+    model.is_loaded_in_4bit = True  # peft chooses its adapters' layers by it
+    return model
+
+
+def packable(model: Any) -> list[tuple[str, nn.Linear]]:
+    """The linear layers that go into 4 bits, by name: all but the head; ConfigError where there are none."""
     heads = (model.get_output_embeddings(), getattr(model, "score", None))
     found = [
         (name, module) for name, module in model.named_modules() if type(module) is nn.Linear and module not in heads
     ]
     if not found:
         raise ConfigError(f"peft=qlora: {type(model).__name__} has no plain linear layers to put into 4 bits")
-    for name, linear in found:
-        model.set_submodule(name, _packed(bnb, linear, dist.device()))
-    model.is_loaded_in_4bit = True  # peft chooses its adapters' layers by it
-    return model
+    return found
+
+
+def packed_bytes(weights: int) -> int:
+    """What so many weights of one layer take in 4 bits with their scales.
+
+    Half a byte a weight; 8 bits for each 64 weights' scale; a float32 for each 256 of those scales; and for each layer
+    the mean of its scales, the 16 values of NF4 and the 256 of the scales' own code, in float32.
+    """
+    scales = -(-weights // BLOCK)
+    return -(-weights // 2) + scales + 4 * -(-scales // SCALES) + 4 * (1 + 16 + 256)
 
 
 def _packed(bnb: Any, linear: nn.Linear, device: torch.device) -> nn.Module:

@@ -116,6 +116,15 @@ def configuration(config: ModelConfig) -> Any:
     return None if found is None else _hf_config(config, str(found))
 
 
+def shape(config: ModelConfig) -> Any:
+    """The Hugging Face configuration of a model; its small files are fetched where they are not here, never weights."""
+    if config.name_or_path == "tiny":
+        from alignlab.models import tiny
+
+        return tiny.config(len(tiny.tokenizer()))
+    return _hf_config(config, _source(config))
+
+
 def model_folder(config: ModelConfig) -> str:
     """The checked folder that holds the model, for a program that loads it by itself; ConfigError for ``tiny``."""
     if config.name_or_path == "tiny":
@@ -145,11 +154,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
 def max_positions(config: ModelConfig) -> int | None:
     """The model's number of positions; None where its configuration states none."""
-    if config.name_or_path == "tiny":
-        from alignlab.models import tiny
-
-        return tiny.config(len(tiny.tokenizer())).max_position_embeddings
-    text = _hf_config(config, _source(config)).get_text_config()
+    text = shape(config).get_text_config()
     return getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
 
 
@@ -283,9 +288,7 @@ def _pretrained(config: ModelConfig, source: str, head: str, dtype: torch.dtype,
     if head == "scalar":
         options["num_labels"] = 1
     hf = _hf_config(config, source)
-    stored_head = any("SequenceClassification" in name for name in hf.architectures or [])
-    if head == "lm" and stored_head:
-        raise ConfigError(f"model: {config.name_or_path} is a reward model; this objective needs a language model")
+    stored_head = has_stored_head(hf, head, config.name_or_path)
     with _one_line("model", config.name_or_path):
         try:
             model, report = kind.from_pretrained(source, **options)
@@ -305,6 +308,14 @@ def _pretrained(config: ModelConfig, source: str, head: str, dtype: torch.dtype,
     if head == "scalar":
         _scalar_head(model, seed, keep=stored_head)
     return model
+
+
+def has_stored_head(shape: Any, head: str, name: str) -> bool:
+    """Whether the folder of this configuration holds a scalar head; ConfigError where a language model is needed."""
+    stored = any("SequenceClassification" in kind for kind in shape.architectures or [])
+    if head == "lm" and stored:
+        raise ConfigError(f"model: {name} is a reward model; this objective needs a language model")
+    return stored
 
 
 def _tiny(head: str, dtype: torch.dtype, seed: int) -> Any:

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from alignlab.configuration import names, yamlio
+from alignlab.configuration import names
 from alignlab.configuration.schema import differing
+from alignlab.configuration.yamlio import brief, scalar
 from alignlab.recipes.plan import Planned, stated
 from alignlab.recipes.work import manifests
 from alignlab.verbs.env import collect
@@ -130,11 +131,6 @@ def _of_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[
         said = stated(is_now) if composed else is_now
         for key, (old, new) in differing(was, is_now).items():
             if key in was or key in said:  # a key that alignlab has got since, and nobody set, is no difference
-                stages.setdefault(f"{key} {_short(old)} -> {_short(new)}", []).append(name)
+                stages.setdefault(f"{key} {brief(scalar(old))} -> {brief(scalar(new))}", []).append(name)
     yield from (f"{text} ({', '.join(names)})" for text, names in stages.items())
     yield from (f"stage {name} is gone" for name in before if name not in now)
-
-
-def _short(value: Any) -> str:
-    text = yamlio.scalar(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

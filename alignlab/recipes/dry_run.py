@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from alignlab import dist
 from alignlab.config import ConditionConfig, DataConfig, EngineConfig, EvalConfig, ReferenceConfig, RootConfig
 from alignlab.errors import AlignlabError
 from alignlab.launching.launch import captured_output
+from alignlab.mappings import temporary_entry
 from alignlab.models.standin import write_standin
 from alignlab.recipes.plan import Planned
 from alignlab.runfolder import RunFolder, write_atomic
@@ -55,7 +55,8 @@ def dry_run(config: RootConfig, folder: Path, start: Path | None = None) -> DryR
     """
     folder.mkdir(parents=True)
     log = RunFolder(folder)
-    with captured_output(log, 0), library_log(log, 0), _own_cache(folder / "cache"):
+    own_cache = temporary_entry(os.environ, "ALIGNLAB_CACHE", str(folder / "cache"))
+    with captured_output(log, 0), library_log(log, 0), own_cache:
         said = "the model of the stage before"
         if start is None:
             start = folder / "model"
@@ -110,19 +111,6 @@ class _Recorder:
         self.losses.append(metrics["loss"])
         self.grad_norms.append(metrics["grad_norm"])
         return False
-
-
-@contextmanager
-def _own_cache(folder: Path) -> Iterator[None]:
-    before = os.environ.get("ALIGNLAB_CACHE")
-    os.environ["ALIGNLAB_CACHE"] = str(folder)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["ALIGNLAB_CACHE"]
-        else:
-            os.environ["ALIGNLAB_CACHE"] = before
 
 
 def _cut_down(config: RootConfig, model: Path, folder: Path) -> RootConfig:

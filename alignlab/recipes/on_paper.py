@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alignlab.cli import Request, emit
 from alignlab.launching import slurm
 from alignlab.recipes.dry_run import dry_run_stages
 from alignlab.recipes.plan import Case, Planned, plan
 from alignlab.recipes.work import prepare_files, shown
+from alignlab.request import Request, emit
 
 
 def print_commands(request: Request, cases: Sequence[Case], home: Path) -> int:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from alignlab import liveness
-from alignlab.cli import VERBS, Request, make_request
 from alignlab.configuration import names, schema, yamlio
 from alignlab.configuration.settings import Setting, spread
 from alignlab.errors import ConfigError
 from alignlab.recipes import fields
 from alignlab.recipes.scale import MODELS, READS, Scale, Stage, merged
+from alignlab.request import Request, make_request
+from alignlab.verb_table import VERBS
 from alignlab.verbs.loop import Options as LoopOptions
 
 PLACE = ("engine.", "launch.", "run.", "logger.", "output_dir", "resume", "resume_allow", "overwrite", "data.num_proc")

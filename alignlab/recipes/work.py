@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from alignlab import stages
-from alignlab.cli import VERBS
 from alignlab.processes import StopFlag
 from alignlab.recipes.plan import Planned, settings_text, token
 from alignlab.runfolder import RunFolder, write_atomic
+from alignlab.verb_table import VERBS
 
 
 def work_of(planned: Planned, stop: StopFlag) -> Callable[[Path], dict[str, Any]]:

@@ -22,7 +22,8 @@ from alignlab.data.loader import Loader
 from alignlab.data.overlap import Overlap, compare
 from alignlab.data.pack import plain_form
 from alignlab.data.plan import StepPlans, sequential
-from alignlab.data.prepare import Needs, Prepared, prepare
+from alignlab.data.prepare import Prepared, prepare
+from alignlab.data.sources import Needs, holds_out
 from alignlab.data.template import Encoder
 from alignlab.engine.base import make_engine
 from alignlab.errors import DataError
@@ -140,7 +141,7 @@ def prepare_data(config: RootConfig) -> JobData:
     needs = needs_of(objective)
     tokenizer, encoder = make_encoder(config.model, config.data)
     held, leaks = None, config.data.leaks
-    if config.data.eval_path is not None or config.data.eval_fraction:
+    if holds_out(config.data):
         held = prepare(config.data, needs, encoder, held_out=True, seed=config.seed)
     rows = prepare(config.data, needs, encoder, seed=config.seed, without=held if leaks == "drop" else None)
     overlap = compare(rows.examples(), held.examples()) if held is not None else Overlap()
@@ -208,22 +209,9 @@ def assemble(config: RootConfig, data: JobData) -> Job:
             max_length=data.encoder.max_length, form=form,
         )  # fmt: skip
 
-    budget = config.train.token_budget or TOKEN_BUDGET[engine.device.type]
-    shared = {
-        **_wants(objective),
-        "token_budget": budget,
-        "max_examples": config.train.per_device_train_batch_size,
-        "dp": engine.dp,
-        "layout": layout,
-        "merge_prompts": config.data.merge_prompts != "false",
-        "cost": cost_of(loaded.model),
-    }
+    shared = limits_of(config, objective, loaded.model, layout, engine.dp, engine.device)
     index = data.train.index
-    plans = StepPlans(
-        index, global_batch_size=config.train.global_batch_size, seed=config.seed,
-        epochs=config.train.num_train_epochs, max_steps=config.train.max_steps,
-        group_prompts=config.data.merge_prompts == "global", **shared,
-    )  # fmt: skip
+    plans = training_plans(config, index, shared)
     held_plans = held_loader = None
     if data.held_out is not None:
         held_plans = whole_set(data.held_out.index, config.seed, shared)
@@ -236,6 +224,33 @@ def assemble(config: RootConfig, data: JobData) -> Job:
         for probe in data.probes
     ]  # fmt: skip
     return Job(config, data, loaded, engine, scorer, plans, loader(index), held_plans, held_loader, shadows, line)
+
+
+def limits_of(
+    config: RootConfig, objective: Any, model: Any, layout: str, dp: int, device: torch.device
+) -> dict[str, Any]:
+    """How the steps of a job are cut into micro-batches: what all of its plans share.
+
+    ``model`` carries its adapters and may be on the meta device.
+    """
+    return {
+        **_wants(objective),
+        "token_budget": config.train.token_budget or TOKEN_BUDGET[device.type],
+        "max_examples": config.train.per_device_train_batch_size,
+        "dp": dp,
+        "layout": layout,
+        "merge_prompts": config.data.merge_prompts != "false",
+        "cost": cost_of(model),
+    }
+
+
+def training_plans(config: RootConfig, index: Index, limits: dict[str, Any]) -> StepPlans:
+    """The optimizer steps of a job; ``limits`` are :func:`limits_of`'s."""
+    return StepPlans(
+        index, global_batch_size=config.train.global_batch_size, seed=config.seed,
+        epochs=config.train.num_train_epochs, max_steps=config.train.max_steps,
+        group_prompts=config.data.merge_prompts == "global", **limits,
+    )  # fmt: skip
 
 
 def _wants(objective: Any) -> dict[str, Any]:
@@ -340,20 +355,21 @@ def reference_job(job: Job) -> Job:
     return job if name is None else _named_reference(job, name)
 
 
+def reference_model(model: ModelConfig, name: str) -> ModelConfig:
+    """The section of the model ``name``, which is the reference of the policy ``model``."""
+    revision = model.revision if name == model.name_or_path else None
+    # Trust was given to the policy's code; of another model only to a folder that lies here to be read.
+    trusted = model.trust_remote_code and (name == model.name_or_path or Path(name).is_dir())
+    return replace(model, name_or_path=name, revision=revision, layout="auto", trust_remote_code=trusted)
+
+
 def _named_reference(job: Job, name: str) -> Job:
     """A job like ``job`` around the reference model the user named, with a plain engine that never trains.
 
     With several ranks only what identifies the model is its own: the numbers have to be in the cache already.
     """
     model = job.config.model
-    revision = model.revision if name == model.name_or_path else None
-    # Trust was given to the policy's code; of another model only to a folder that lies here to be read.
-    trusted = model.trust_remote_code and (name == model.name_or_path or Path(name).is_dir())
-    config = replace(
-        job.config,
-        model=replace(model, name_or_path=name, revision=revision, layout="auto", trust_remote_code=trusted),
-        peft=replace(job.config.peft, name="none"),
-    )
+    config = replace(job.config, model=reference_model(model, name), peft=replace(job.config.peft, name="none"))
     if model.tokenizer_name_or_path is None:  # else it serves both
         check_same_tokens(job.data.tokenizer, load_tokenizer(config.model), name)
     if dist.world_size() > 1:

@@ -15,9 +15,10 @@ from typing import Any
 
 from alignlab import dist
 from alignlab.config import RootConfig
-from alignlab.configuration import names, yamlio
+from alignlab.configuration import names
 from alignlab.configuration.schema import flatten
 from alignlab.configuration.watch import plain
+from alignlab.configuration.yamlio import brief
 from alignlab.engine import checkpoint
 from alignlab.errors import ConfigError, StorageError
 from alignlab.runfolder import RunFolder
@@ -96,16 +97,9 @@ def refusal(chosen: checkpoint.Checkpoint, mine: Mapping[str, Any], config: Root
             differing[key] = pair
     if not differing:
         return None
-    shown = [f"{key} {_short(old)}, here {_short(new)}" for key, (old, new) in list(differing.items())[:SHOWN]]
+    shown = [f"{key} {brief(old)}, here {brief(new)}" for key, (old, new) in list(differing.items())[:SHOWN]]
     more = f"; and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
     return (
         f"{chosen.path}: of another run: {'; '.join(shown)}{more}. "
         f"resume_allow=[{','.join(differing)}] goes on all the same; resume=never starts anew"
     )
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else yamlio.scalar(value)
-    head, mark, digest = text.rpartition("#")
-    text = f"{head}#{digest[:8]}" if mark and len(digest) == 64 else text
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 
-from alignlab.cli import Request, emit
 from alignlab.data import cache
 from alignlab.errors import ConfigError
+from alignlab.request import Request, emit
 
 
 def run(request: Request) -> int:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import TextIO
 
 from alignlab import dist
-from alignlab.cli import Request, emit
 from alignlab.data.condition import Conditioner
 from alignlab.errors import ConfigError, DataError
 from alignlab.measuring.sampling import Sampler
 from alignlab.measuring.verification import Prompt
+from alignlab.request import Request, emit
 from alignlab.runs.job import make_objective
 from alignlab.types import Message
 from alignlab.verbs.evaluate import trained

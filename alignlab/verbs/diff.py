@@ -7,21 +7,19 @@ numbers: what only changes speed, versions, hosts and who set a key are shown an
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from alignlab.cli import Request, emit
 from alignlab.configuration import yamlio
 from alignlab.configuration.schema import plain
 from alignlab.errors import ConfigError
+from alignlab.request import Request, emit
 from alignlab.rundiff import TOLERANCE, Pair, Run, RunDiff, difference
 from alignlab.verbs.ledger import sample_text
 
 USAGE = f"diff RUN_A RUN_B [tolerance={TOLERANCE:g}]"
 LISTED = 3
 """Samples of each side, and figures that part at one step, on the screen; ``--json`` has all."""
-WIDTH = 60
 
 
 def run(request: Request) -> int:
@@ -131,9 +129,4 @@ def _who(name: str | None) -> str:
 
 
 def _short(value: Any) -> str:
-    """A value on the screen; a hash by its first digits."""
-    text = "-" if value is None else value if isinstance(value, str) else yamlio.scalar(plain(value))
-    name, mark, digest = text.rpartition("#")
-    if re.fullmatch(r"[0-9a-f]{64}", digest):
-        return f"{name}{mark}{digest[:8]}"
-    return text if len(text) <= WIDTH else text[: WIDTH - 3] + "..."
+    return "-" if value is None else yamlio.brief(plain(value))

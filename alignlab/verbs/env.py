@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import alignlab
-from alignlab.cli import Request, emit
 from alignlab.data import cache
+from alignlab.request import Request, emit
 
 PACKAGES = (
     "torch", "transformers", "deepspeed", "peft", "accelerate", "safetensors", "tokenizers", "numpy", "pyarrow",

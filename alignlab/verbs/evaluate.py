@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from alignlab import dist
-from alignlab.cli import Request, emit
 from alignlab.config import RootConfig
 from alignlab.configuration import schema
+from alignlab.data.sources import holds_out
 from alignlab.errors import ConfigError
 from alignlab.judges.sides import is_file
 from alignlab.measuring.verification import as_json, verified
+from alignlab.request import Request, emit
 from alignlab.runfolder import RunFolder, write_atomic
 from alignlab.runs.job import assemble, attach_reference, needs_of, prepare_data
 from alignlab.train.loop import Progress, context_of
@@ -164,6 +165,6 @@ def on_rows_given(config: RootConfig) -> RootConfig:
     Nothing trains here, so nothing leaks: rows that are in both are measured as they are.
     """
     config = replace(config, data=replace(config.data, leaks="keep"))
-    if config.data.eval_path is not None or config.data.eval_fraction:
+    if holds_out(config.data):
         return config
     return replace(config, data=replace(config.data, eval_path=config.data.path, eval_split=config.data.split))

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from alignlab.cli import Request, emit
 from alignlab.config import RootConfig
 from alignlab.configuration import names
 from alignlab.data.condition import Conditioner
@@ -25,6 +24,7 @@ from alignlab.judges.templates import TEMPLATES
 from alignlab.measuring.sampling import asked
 from alignlab.measuring.verification import Prompt
 from alignlab.registry import unknown_name
+from alignlab.request import Request, emit
 from alignlab.rewards.intervals import RESAMPLES, Draws
 from alignlab.runfolder import RunFolder, write_atomic
 from alignlab.runs.job import make_objective, needs_of

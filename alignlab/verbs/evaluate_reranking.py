@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from alignlab import dist
-from alignlab.cli import Request, emit
 from alignlab.config import RootConfig
 from alignlab.configuration import schema
-from alignlab.data.prepare import Needs
+from alignlab.data.sources import Needs
 from alignlab.errors import ConfigError, DataError
 from alignlab.measuring.reranking import Pool, table_text, ways
 from alignlab.measuring.sampling import Sampler
 from alignlab.measuring.scorers import Score, make_scorer, named_scorers
 from alignlab.measuring.verification import Answer, Prompt, as_json, prompts_of
 from alignlab.registry import FINAL_ANSWERS
+from alignlab.request import Request, emit
 from alignlab.rewards.intervals import Draws
 from alignlab.runfolder import RunFolder, write_atomic
 from alignlab.runs.job import make_objective, needs_of

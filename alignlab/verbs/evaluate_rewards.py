@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from alignlab.cli import Request, emit
 from alignlab.config import RootConfig
 from alignlab.errors import ConfigError, StorageError
 from alignlab.measuring.scorers import short_name
 from alignlab.measuring.scoring import Scored, reward_model, same_pairs, score
+from alignlab.request import Request, emit
 from alignlab.rewards import report
 from alignlab.rewards.benchmarks import benchmark
 from alignlab.rewards.compare import compare

@@ -17,12 +17,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from alignlab import dist
-from alignlab.cli import Request, emit
 from alignlab.config import RootConfig
 from alignlab.configuration import names
 from alignlab.errors import ConfigError, Preempted
 from alignlab.models.load import model_folder, resolve_dtype
 from alignlab.processes import call
+from alignlab.request import Request, emit
 from alignlab.runfolder import RunFolder, write_atomic
 from alignlab.verbs.options import own_options
 

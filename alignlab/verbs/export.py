@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 from alignlab import dist
-from alignlab.cli import Request, emit
 from alignlab.engine import checkpoint
 from alignlab.errors import CheckFailed, ConfigError
+from alignlab.request import Request, emit
 from alignlab.runfolder import RunFolder
 from alignlab.runs.export import export_model
 from alignlab.runs.job import assemble, prepare_data

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from alignlab.cli import Request, emit
 from alignlab.configuration import schema
 from alignlab.data import condition_preview
 from alignlab.errors import ConfigError
 from alignlab.lint import clean, report
 from alignlab.lint.check import LintConfig, lint
+from alignlab.request import Request, emit
 from alignlab.runs.job import make_encoder, make_objective, needs_of, prepare_data
 from alignlab.runs.rowtext import marked, sample_text, tree_text
 from alignlab.types import EncodedSample

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from alignlab.cli import Request, emit
 from alignlab.data.ledger_query import Ledger, parting
 from alignlab.errors import ConfigError
+from alignlab.request import Request, emit
 from alignlab.runfolder import RunFolder
 
 QUESTIONS = ("step", "sample", "other")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from alignlab.cli import Request, emit
 from alignlab.errors import ConfigError
 from alignlab.recipes import bands, shelf
 from alignlab.recipes.reading import read
+from alignlab.request import Request, emit
 from alignlab.runfolder import RunFolder
 
 RECIPES = "recipes"

@@ -6,11 +6,11 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
-from alignlab.cli import Request
 from alignlab.config import RootConfig
 from alignlab.configuration import names, schema
 from alignlab.configuration.checks import looks_secret
 from alignlab.errors import ConfigError
+from alignlab.request import Request
 
 T = TypeVar("T")
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from alignlab import dist, liveness
-from alignlab.cli import Request, emit
 from alignlab.metrics import Meter, finish
+from alignlab.request import Request, emit
 from alignlab.runs.job import assemble, attach_reference, check_flags, prepare_data
 from alignlab.train.loop import Progress, context_of
 from alignlab.train.step import accumulate, with_statistics

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from alignlab.cli import Request, emit
 from alignlab.configuration import names
 from alignlab.configuration.yamlio import parse
 from alignlab.errors import AlignlabError, ConfigError
@@ -24,6 +23,7 @@ from alignlab.recipes.plan import Case
 from alignlab.recipes.reading import read
 from alignlab.recipes.scale import Scale
 from alignlab.recipes.verdict import Verdict, markdown, text
+from alignlab.request import Request, emit
 from alignlab.runfolder import write_atomic
 from alignlab.verbs.options import own_options
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 
-from alignlab.cli import Request, emit
 from alignlab.measuring.sampling import asked, sampled
 from alignlab.measuring.verification import as_json
+from alignlab.request import Request, emit
 from alignlab.verbs.evaluate import trained
 
 

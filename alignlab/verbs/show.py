@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from alignlab.cli import Request, emit
 from alignlab.config import RootConfig
 from alignlab.configuration import keys, names, schema, yamlio
-from alignlab.configuration.compose import frozen_text, missing
+from alignlab.configuration.compose import missing
+from alignlab.configuration.frozen import frozen_text
 from alignlab.configuration.groups import conf_folder, options
 from alignlab.configuration.settings import GROUPS
 from alignlab.errors import ConfigError
 from alignlab.registry import OBJECTIVES, unknown_name
+from alignlab.request import Request, emit
 
 
 def run(request: Request) -> int:

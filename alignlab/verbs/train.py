@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from alignlab import liveness
-from alignlab.cli import Request
 from alignlab.configuration.watch import watched
 from alignlab.launching.launch import launch
+from alignlab.request import Request
 
 
 def run(request: Request) -> int:

@@ -10,10 +10,10 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignlab.cli import Request, emit
 from alignlab.errors import AlignlabError, ConfigError
 from alignlab.launching.launch import run_folder
 from alignlab.recipes.dry_run import DryRun, dry_run
+from alignlab.request import Request, emit
 from alignlab.validation import validate
 from alignlab.verbs.options import own_options
 

@@ -10,9 +10,9 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from alignlab.cli import Request, emit
 from alignlab.equivalence.matrix import Matrix, Result
 from alignlab.launching.launch import captured_output
+from alignlab.request import Request, emit
 from alignlab.runfolder import RunFolder
 from alignlab.verbs.options import own_options
 from alignlab.worker import library_log

@@ -25,7 +25,7 @@ from pyarrow import parquet
 from safetensors.torch import save_file
 
 from alignlab.config import ModelConfig
-from alignlab.configuration.compose import load_frozen
+from alignlab.configuration.frozen import load_frozen
 from alignlab.configuration.plugins import load_copies
 from alignlab.data.index import Index
 from alignlab.data.rows import read_rows

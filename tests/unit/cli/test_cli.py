@@ -12,8 +12,10 @@ import pytest
 
 import alignlab
 from alignlab import cli
-from alignlab.cli import VERBS, main
+from alignlab.cli import main
 from alignlab.errors import ConfigError
+from alignlab.request import Request, make_request
+from alignlab.verb_table import VERBS
 
 BASE = ["objective=dpo", "model=tiny", "data=sums"]
 
@@ -135,9 +137,9 @@ def test_our_bugs_leave_a_traceback_in_a_file_and_a_line_on_the_screen(
 
 
 def test_from_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[cli.Request] = []
+    seen: list[Request] = []
 
-    def record(request: cli.Request) -> int:
+    def record(request: Request) -> int:
         seen.append(request)
         return 0
 
@@ -155,13 +157,13 @@ def test_from_python(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_targets(tmp_path: Path) -> None:
     Path("a=b").mkdir()
     Path("a=b/f.yaml").write_text("objective: dpo\nmodel: tiny\ndata: sums\n")
-    assert cli.make_request("train", ["a=b/f.yaml"]).config.objective.name == "dpo"
+    assert make_request("train", ["a=b/f.yaml"]).config.objective.name == "dpo"
     Path("a=b/run.yaml").write_text("objective: sft\nmodel: tiny\ndata: sums\n")
     Path("a=b/model").mkdir()
     for target in ("a=b", "a=b/model"):
-        request = cli.make_request("evaluate", [target])
+        request = make_request("evaluate", [target])
         assert request.config.objective.name == "sft"
-    plain = cli.make_request("evaluate", ["Qwen/Qwen3-0.6B", "data=sums"])
+    plain = make_request("evaluate", ["Qwen/Qwen3-0.6B", "data=sums"])
     assert plain.config.model.name_or_path == "Qwen/Qwen3-0.6B"
 
 

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 
 from alignlab import liveness, worker
-from alignlab.cli import Request, main, make_request
+from alignlab.cli import main
 from alignlab.config import OptimConfig
 from alignlab.configuration import groups, keys, schema
 from alignlab.configuration.compose import compose
 from alignlab.configuration.watch import plain, watched
 from alignlab.errors import ConfigError
 from alignlab.launching import launch, sweep
+from alignlab.request import Request, make_request
 
 BASE = ["model=tiny", "data=sums"]
 DPO = [*BASE, "objective=dpo"]
@@ -296,7 +297,7 @@ def test_what_the_user_set_and_nothing_read_is_one_line() -> None:
 def test_a_runs_own_file_is_not_asked_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Frozen as a sweep's point with a knob that only others read; sbatch's job starts from it."""
     made = compose([*DPO, "objective.loss_type=ipo", "objective.label_smoothing=0.1", "run.name=x"])
-    from alignlab.configuration.compose import frozen_text
+    from alignlab.configuration.frozen import frozen_text
 
     (tmp_path / "run.yaml").write_text(frozen_text(made.config, made.provenance))
     accepted(str(tmp_path / "run.yaml"), "launch=slurm")

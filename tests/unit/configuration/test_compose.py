@@ -9,19 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from alignlab.cli import ALL
 from alignlab.config import RootConfig
 from alignlab.configuration import schema, suggest
-from alignlab.configuration.compose import (
-    Composed,
-    compose,
-    frozen_text,
-    load_frozen,
-)
+from alignlab.configuration.compose import Composed, compose
+from alignlab.configuration.frozen import frozen_text, load_frozen
 from alignlab.configuration.groups import conf_folder, options
 from alignlab.configuration.settings import GROUPS
 from alignlab.errors import ConfigError
 from alignlab.registry import OBJECTIVES
+from alignlab.verb_table import ALL
 
 BASE = ["objective=dpo", "model=tiny", "data=sums"]
 

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 
-from alignlab.cli import ALL, main
+from alignlab.cli import main
 from alignlab.configuration import groups, schema
-from alignlab.configuration.compose import compose, frozen_text
+from alignlab.configuration.compose import compose
+from alignlab.configuration.frozen import frozen_text
 from alignlab.configuration.settings import GROUPS
 from alignlab.errors import ConfigError
 from alignlab.registry import OBJECTIVES
+from alignlab.verb_table import ALL
 
 SIMPLE = ["model=tiny", "data=sums"]
 

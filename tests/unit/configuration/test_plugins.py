@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from alignlab import registry as registries
-from alignlab.configuration import compose as compose_module
 from alignlab.configuration import plugins
 from alignlab.configuration.compose import compose
+from alignlab.configuration.frozen import frozen_text
 from alignlab.errors import ConfigError
 
 MINE = """
@@ -69,10 +69,12 @@ def test_the_copy_serves_the_workers_and_the_frozen_file(tmp_path: Path) -> None
     run.mkdir()
     made = compose([f"plugins={path}", "objective=mine_b", "model=tiny", "data=sums"])
     plugins.copy(made.plugins, run / "plugins")
-    (run / "run.yaml").write_text(compose_module.frozen_text(made.config, made.provenance))
+    (run / "run.yaml").write_text(frozen_text(made.config, made.provenance))
     path.unlink()
     script = (
-        "import sys; from pathlib import Path; from alignlab.configuration.compose import compose, load_frozen\n"
+        "import sys; from pathlib import Path\n"
+        "from alignlab.configuration.compose import compose\n"
+        "from alignlab.configuration.frozen import load_frozen\n"
         "folder = Path(sys.argv[1])\n"
         "assert load_frozen(folder).objective.name == 'mine_b'\n"
         "assert compose(file=folder / 'run.yaml').config == load_frozen(folder)"

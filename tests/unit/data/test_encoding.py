@@ -24,7 +24,8 @@ from alignlab.data import cache, encode_child, encoding
 from alignlab.data.encode_child import Outcome, as_sample, as_value, message, pack, receive, unpack
 from alignlab.data.encoding import encoded
 from alignlab.data.plain_tokenizer import PlainTokenizer, describe
-from alignlab.data.prepare import Needs, Prepared, prepare
+from alignlab.data.prepare import Prepared, prepare
+from alignlab.data.sources import Needs
 from alignlab.data.template import Dropped, Encoder
 from alignlab.errors import DataError, OutOfMemoryError
 from alignlab.models import tiny
@@ -402,7 +403,8 @@ def test_the_process_needs_neither_torch_nor_transformers() -> None:
 MEASURED = """
 import json, resource, sys
 from alignlab.config import DataConfig
-from alignlab.data.prepare import Needs, prepare
+from alignlab.data.prepare import prepare
+from alignlab.data.sources import Needs
 from alignlab.data.template import Encoder
 from alignlab.models import tiny
 from alignlab.types import Unit

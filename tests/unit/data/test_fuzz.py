@@ -25,8 +25,9 @@ from alignlab.data.examples import fault, to_examples
 from alignlab.data.formats import recognise, to_sample
 from alignlab.data.index import Index
 from alignlab.data.overlap import hashes
-from alignlab.data.prepare import Needs, prepare
+from alignlab.data.prepare import prepare
 from alignlab.data.rows import Row, RowError, read_rows
+from alignlab.data.sources import Needs
 from alignlab.data.template import Encoder
 from alignlab.errors import DataError
 from alignlab.models import tiny

@@ -26,10 +26,12 @@ from alignlab.data.ledger import (
     step_hash,
 )
 from alignlab.data.ledger_query import Ledger, parting
+from alignlab.data.masks import ROLES
 from alignlab.data.plan import StepPlans
-from alignlab.data.prepare import Needs, Prepared, prepare
+from alignlab.data.prepare import Prepared, prepare
 from alignlab.data.segments import Segments
-from alignlab.data.template import ROLES, Encoder
+from alignlab.data.sources import Needs
+from alignlab.data.template import Encoder
 from alignlab.errors import ConfigError, StorageError
 from alignlab.models import tiny
 from alignlab.types import EncodedSample, Sample, Sequence, Unit

@@ -20,8 +20,9 @@ from alignlab.data.ledger_query import Ledger
 from alignlab.data.loader import Loader
 from alignlab.data.pack import pack
 from alignlab.data.plan import StepPlan, StepPlans, permutation, sequential
-from alignlab.data.prepare import Needs, prepare
+from alignlab.data.prepare import prepare
 from alignlab.data.random_trees import VOCABULARY, write_index
+from alignlab.data.sources import Needs
 from alignlab.data.template import Encoder
 from alignlab.equivalence.precision import whole_float64
 from alignlab.metrics import Meter

@@ -20,7 +20,8 @@ from alignlab.configuration.names import default_name
 from alignlab.configuration.schema import objective_config
 from alignlab.data import cache
 from alignlab.data.overlap import Examples, Recorder, compare, found_in, hashes, normalised
-from alignlab.data.prepare import Needs, Prepared
+from alignlab.data.prepare import Prepared
+from alignlab.data.sources import Needs
 from alignlab.data.template import Encoder
 from alignlab.errors import ConfigError, DataError
 from alignlab.models import tiny

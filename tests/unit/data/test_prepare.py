@@ -12,7 +12,8 @@ import pytest
 
 from alignlab.config import DataConfig, SourceConfig
 from alignlab.data import cache
-from alignlab.data.prepare import Needs, Prepared, prepare
+from alignlab.data.prepare import Prepared, prepare
+from alignlab.data.sources import Needs
 from alignlab.data.template import Encoder
 from alignlab.errors import DataError
 from alignlab.models import tiny

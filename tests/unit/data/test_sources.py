@@ -17,8 +17,8 @@ from alignlab.configuration.groups import conf_folder, options
 from alignlab.data.condition import Conditioner
 from alignlab.data.examples import to_examples
 from alignlab.data.grouping import grouped
-from alignlab.data.prepare import Needs, rows_of, sample_of, sources_of
 from alignlab.data.rows import Row, RowError, read_rows
+from alignlab.data.sources import Needs, rows_of, sample_of, sources_of
 from alignlab.errors import DataError
 from alignlab.types import Sample, Unit
 

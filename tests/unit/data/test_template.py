@@ -298,13 +298,13 @@ def test_a_slow_tokenizer_is_refused() -> None:
 
 def test_offsets_that_lie_are_found_by_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = Encoder(make_tokenizer())
-    honest = encoder._encode
+    honest = encoder._text._encode
 
     def shifted(text: str, **options: Any) -> Any:
         made = honest(text, **options)
         return type(made)(made.ids, [(max(0, a - 2), max(0, b - 2)) for a, b in made.spans])
 
-    monkeypatch.setattr(encoder, "_encode", shifted)
+    monkeypatch.setattr(encoder._text, "_encode", shifted)
     with pytest.raises(DataError, match="cannot be masked by offsets"):
         encoder.encode(chat("a question", "an answer"))
 

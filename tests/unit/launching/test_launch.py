@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 
 from alignlab import heartbeat, processes
-from alignlab.cli import Request, main, make_request
-from alignlab.configuration import compose as compose_module
+from alignlab.cli import main
+from alignlab.configuration.frozen import load_frozen
 from alignlab.errors import AlignlabError, BusyError, ConfigError, DataError, StorageError
 from alignlab.launching import agent, launch, supervise
+from alignlab.request import Request, make_request
 from alignlab.runfolder import OURS, RunFolder, write_atomic
 
 WORDS = ["objective=dpo", "model=tiny", "data=sums", "run.name=here"]
@@ -65,7 +66,7 @@ def test_a_run_from_new_to_finished(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert launch.launch(request()) == 0
     folder = RunFolder("runs/here")
     assert seen == ["runs/here"]
-    assert compose_module.load_frozen(folder.path).run.name == "here"
+    assert load_frozen(folder.path).run.name == "here"
     assert folder.status()["state"] == "done"
     assert folder.status()["attempt"] == 1
     assert json.loads(folder.env_json.read_text())["packages"]["torch"]
@@ -452,7 +453,7 @@ import alignlab
 module = ModuleType("alignlab.worker")
 def work(folder):
     from alignlab.runfolder import RunFolder
-    from alignlab.configuration.compose import load_frozen
+    from alignlab.configuration.frozen import load_frozen
     assert load_frozen(RunFolder(folder).path).run.name == "here"
     open(f"{folder}/rank{os.environ['RANK']}", "w").close()
     if os.environ["RANK"] == "0":

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from alignlab.cli import main, make_request
-from alignlab.configuration.compose import load_frozen
+from alignlab.cli import main
+from alignlab.configuration.frozen import load_frozen
 from alignlab.errors import ConfigError
 from alignlab.launching import slurm
 from alignlab.launching.launch import settle, torchrun
+from alignlab.request import make_request
 from alignlab.runfolder import RunFolder
 
 WORDS = ["objective=dpo", "model=tiny", "data=sums", "run.name=here"]

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from alignlab.config import DataConfig
-from alignlab.data.prepare import Needs
 from alignlab.data.rows import read_rows
+from alignlab.data.sources import Needs
 from alignlab.data.template import Encoder
 from alignlab.errors import ConfigError, DataError, StorageError
 from alignlab.lint import clean, near

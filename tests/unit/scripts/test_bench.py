@@ -12,7 +12,8 @@ import pytest
 
 from alignlab.config import DataConfig, ModelConfig
 from alignlab.data.plan import StepPlans
-from alignlab.data.prepare import Needs, prepare
+from alignlab.data.prepare import prepare
+from alignlab.data.sources import Needs
 from alignlab.runs.job import make_encoder
 from alignlab.types import Unit
 

@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from alignlab import cli
+from alignlab import verb_table
 from alignlab.judges.templates import TEMPLATES
 from alignlab.registry import VERIFIERS
 from alignlab.verbs.evaluate_judge import JudgeConfig
@@ -35,8 +35,8 @@ def test_the_commands_of_the_page(run: Callable[..., Any], home: Path) -> None:
 
 
 def test_the_page_names_what_there_is() -> None:
-    assert {field.name for field in fields(JudgeConfig)} == set(cli.JUDGE)
-    assert {field.name for field in fields(TasksConfig)} == set(cli.TASKS)
+    assert {field.name for field in fields(JudgeConfig)} == set(verb_table.JUDGE)
+    assert {field.name for field in fields(TasksConfig)} == set(verb_table.TASKS)
     told = set(re.findall(r"`judge\.(\w+)`", PAGE))
     assert told == {field.name for field in fields(JudgeConfig)}
     assert set(re.findall(r"`tasks\.(\w+)[`=]", PAGE)) == {field.name for field in fields(TasksConfig)}
