@@ -13,7 +13,7 @@ from alignlab.config import DataConfig, ModelConfig, RootConfig, SourceConfig
 from alignlab.configuration import names
 from alignlab.data import cache
 from alignlab.data.examples import to_examples
-from alignlab.data.prepare import Needs, rows_of, sample_of, sources_of
+from alignlab.data.sources import Needs, holds_out, kept_apart, rows_of, sample_of, sources_of
 from alignlab.errors import ConfigError, DataError
 from alignlab.judges.templates import request_text
 from alignlab.measuring.sampling import sampled
@@ -46,13 +46,14 @@ def is_file(name: str) -> bool:
 
 def from_file(name: str, data: DataConfig) -> Side:
     """The answers that stand in a file: what ``sample`` printed, or rows of any format that hold answers."""
-    plain = replace(data, path=str(Path(name).expanduser()), sources=[], columns={}, format="auto", limit=None)
+    path = str(Path(name).expanduser())
+    plain = replace(data, path=path, sources=[], columns={}, format="auto", limit=None, eval_fraction=0.0)
     return _written(name, sources_of(plain, held_out=False), plain, held_out=False)
 
 
 def from_rows(data: DataConfig) -> Side:
     """The answers of the rows themselves (the held-out ones where there are some): the chosen or best rated one."""
-    held_out = data.eval_path is not None or bool(data.eval_fraction)
+    held_out = holds_out(data)
     return _written(ROWS, sources_of(data, held_out=held_out), data, held_out=held_out)
 
 
@@ -118,6 +119,8 @@ def _samples(sources: list[SourceConfig], data: DataConfig, held_out: bool) -> I
     for source in sources:
         for row in rows_of(source, data, Needs(Unit.SEQUENCE), held_out=held_out):
             sample = sample_of(row, source)
+            if kept_apart(sample, data, held_out=held_out):
+                continue
             best = to_examples(sample, Unit.SEQUENCE, by=source.rating)
             yield best if best.sequences else sample
 

@@ -15,7 +15,7 @@ import numpy as np
 from alignlab.config import DataConfig, EvalConfig
 from alignlab.data.condition import Conditioner
 from alignlab.data.examples import same_prompt, to_examples
-from alignlab.data.prepare import Needs, rows_of, sample_of, sources_of
+from alignlab.data.sources import Needs, kept_apart, rows_of, sample_of, sources_of
 from alignlab.data.template import Encoder
 from alignlab.errors import DataError
 from alignlab.measuring.control import spearman
@@ -47,12 +47,17 @@ class Answer:
 
 
 def prompts_of(data: DataConfig, needs: Needs, *, held_out: bool, limit: int | None = None) -> Iterator[Prompt]:
-    """Distinct prompts of the (held-out) rows in file order, under their conditions where the stage has some."""
+    """Distinct prompts of the (held-out) rows in file order, under their conditions where the stage has some.
+
+    ``data.eval_fraction`` parts the rows as it does for training.
+    """
     conditioner = Conditioner(data.condition, needs.stage) if needs.stage else None
     seen: set[str] = set()
     for source in sources_of(data, held_out=held_out):
         for row in rows_of(source, data, needs, held_out=held_out):
             sample = sample_of(row, source)
+            if kept_apart(sample, data, held_out=held_out):
+                continue
             for one in conditioner.rows(sample) if conditioner else [sample]:
                 prompt = prompt_of(one, data.rating)
                 key = str(prompt.messages)

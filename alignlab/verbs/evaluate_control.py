@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
-from alignlab.cli import Request, emit
 from alignlab.config import RootConfig
 from alignlab.configuration import schema
 from alignlab.data.condition import Conditioner
-from alignlab.data.prepare import Needs, rows_of, sample_of, sources_of
+from alignlab.data.sources import Needs
 from alignlab.errors import ConfigError, DataError
 from alignlab.measuring import control
+from alignlab.measuring.conditions import levels_of, levels_text, scored_by, under
 from alignlab.measuring.sampling import Sampler
 from alignlab.measuring.scorers import TextScorer, named_scorers
 from alignlab.measuring.verification import Answer, Prompt, as_json, prompts_of
+from alignlab.request import Request, emit
 from alignlab.rewards.intervals import Draws
 from alignlab.runfolder import RunFolder, write_atomic
 from alignlab.runs.job import make_objective, needs_of
@@ -23,8 +23,6 @@ from alignlab.types import Unit
 from alignlab.verbs.options import measurement_name, own_options
 
 PROMPTS = 50
-MOST_LEVELS = 10
-"""Ratings of one dimension that are taken as levels when none are declared; more look like a continuous score."""
 RESAMPLES = 1000
 
 
@@ -55,18 +53,13 @@ def run(request: Request, config: RootConfig, folder: RunFolder | None) -> int:
             "a run of objective=cpsft or objective=cpo"
         )
     conditioner = Conditioner(config.data.condition, needs.stage)
-    levels = _levels(config, needs, conditioner)
+    levels = levels_of(config, needs, "evaluate control=true")
     conditions: list[dict[str, float]] = [{}, *control.grid(levels)]
     prompts = list(prompts_of(config.data, replace(needs, stage=None), held_out=True, limit=options.prompts))
     if not prompts:
         raise DataError("evaluate control=true: the held-out rows have no prompt")
-    names = " x ".join(f"{dimension} {_text(own)}" for dimension, own in levels.items())
-    print(f"grid     {names} = {len(conditions) - 1} conditions; {len(prompts)} prompts under each, and under none")
-    asked = [
-        replace(prompt, messages=conditioner.prompt(condition, prompt.messages), requested=condition)
-        for condition in conditions
-        for prompt in prompts
-    ]
+    print(f"grid     {levels_text(levels)}; {len(prompts)} prompts under each, and under none")
+    asked = [under(conditioner, prompt, condition) for condition in conditions for prompt in prompts]
     found = list(Sampler(config, "evaluate control=true").answers(asked, temperature=0.0, num_samples=1))
     found = _scored(found, [prompt for _ in conditions for prompt in prompts], scorers)
     readings = _readings(found)
@@ -91,48 +84,9 @@ def run(request: Request, config: RootConfig, folder: RunFolder | None) -> int:
     return 0
 
 
-def _levels(config: RootConfig, needs: Needs, conditioner: Conditioner) -> dict[str, list[float]]:
-    """The levels of every controlled dimension: those declared, else the ratings that the held-out rows have."""
-    declared, wanted = config.data.condition.levels, _controlled(config)
-    found: dict[str, set[float]] = defaultdict(set)
-    for source in sources_of(config.data, held_out=True):
-        for row in rows_of(source, config.data, needs, held_out=True):
-            for sequence in sample_of(row, source).sequences:
-                for dimension, rating in sequence.scores.items():
-                    found[dimension].add(rating)
-    chosen = wanted or [*config.data.condition.dimensions] or sorted(set(found) - {"overall"})
-    levels = {d: sorted(declared[d] if d in declared else found.get(d, ())) for d in chosen}
-    for dimension, own in levels.items():
-        if len(own) < 2:
-            raise ConfigError(
-                f"evaluate control=true: '{dimension}' has {len(own)} level(s) in the held-out rows; declare them: "
-                f"data.condition.levels={{{dimension}: [1, 2, 3]}}"
-            )
-        if len(own) > MOST_LEVELS:
-            raise ConfigError(
-                f"evaluate control=true: '{dimension}' has {len(own)} different ratings; declare the levels to ask "
-                f"for: data.condition.levels={{{dimension}: [1, 2, 3, 4, 5]}}"
-            )
-    if not levels:
-        raise ConfigError("evaluate control=true: the held-out rows have no ratings to ask for")
-    return levels
-
-
-def _controlled(config: RootConfig) -> list[str]:
-    """The dimensions that the buckets name: what the model was taught to follow."""
-    return list(dict.fromkeys(d for bucket in config.data.condition.buckets for d in bucket.get("condition", {})))
-
-
 def _scored(found: list[Answer], plain: list[Prompt], scorers: dict[str, TextScorer]) -> list[Answer]:
     """``found`` with the scorers' measures; a scorer sees the prompt as it is without a condition."""
-    for name, scorer in scorers.items():
-        if any(name in answer.measures[0] for answer in found):
-            raise ConfigError(f"score: '{name}' is what the verifier measures already; call it otherwise")
-        scores = scorer([replace(answer, prompt=prompt) for answer, prompt in zip(found, plain, strict=True)])
-        found = [
-            replace(answer, measures=[answer.measures[0] if own[0] is None else {**answer.measures[0], name: own[0]}])
-            for answer, own in zip(found, scores, strict=True)
-        ]
+    found = scored_by(found, plain, scorers)
     # The grid stays full: a prompt counts under all conditions or under none.
     lost = {
         prompt.id
@@ -162,7 +116,3 @@ def _known(front: list[str], readings: list[control.Reading]) -> list[str]:
         raise ConfigError(f"evaluate: front={front}: not measured: {', '.join(unknown)}; there is "
                           f"{', '.join(sorted(readings[0].measured))}")  # fmt: skip
     return front
-
-
-def _text(levels: list[float]) -> str:
-    return "[" + ", ".join(f"{level:g}" for level in levels) + "]"

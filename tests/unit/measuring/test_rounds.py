@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from alignlab.errors import ConfigError
-from alignlab.measuring.rounds import Scored, preference_rows
+from alignlab.measuring.rounds import Rated, Scored, preference_rows, rated_rows
 
 ANSWERS = [
     Scored("a", "2 + 2?", ["5", "4", "four", "3"], [0.0, 1.0, 1.0, 0.0]),
@@ -71,3 +71,28 @@ def test_the_rows_own_answer_is_a_candidate_but_was_not_sampled() -> None:
 def test_what_makes_no_sense_is_refused(options: dict, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         preference_rows(ANSWERS, **options)
+
+
+def test_all_answers_with_their_ratings_and_every_prompt_is_accounted_for() -> None:
+    levels = {"steps": [1.0, 2.0, 3.0]}
+    one, two, none = {"steps": 1.0, "right": 0.0}, {"steps": 2.0, "right": 1.0}, {"steps": 0.0, "right": 1.0}
+    answers = [
+        Rated("a", "2 + 2?", ["5", "2+2=4", "", "x"], [{"steps": 1.0}, {"steps": 2.0}, {"steps": 3.0}, {"steps": 1.0}],
+              [one, two, None, none]),
+        Rated("b", "3 + 3?", ["6", "six"], [{"steps": 1.0}] * 2, [two, two]),
+        Rated("c", "4 + 4?", ["", "8", ""], [{"steps": 1.0}] * 3, [None, one, None]),
+        Rated("d", "5 + 5?", ["x", "10"], [{"steps": 1.0}] * 2, [none, one]),
+        Rated("e", "6 + 6?", ["13", "6+6=12"], [{"steps": 1.0}, {}], [one, two], own=True),
+        Rated("f", "7 + 7?", ["13", "1"], [{"steps": 1.0}] * 2, [one, {"steps": 1.0, "right": 1.0}]),
+    ]  # fmt: skip
+    rows, account = rated_rows(answers, levels)
+    assert [row["id"] for row in rows] == ["a", "e", "f"]  # f: equal levels, told apart by what is free
+    assert rows[0] == {
+        "id": "a", "prompt": [{"role": "user", "content": "2 + 2?"}],
+        "completions": [{"response": "5", "ratings": one}, {"response": "2+2=4", "ratings": two}],
+    }  # fmt: skip
+    # Without a rating: one answer of a, two of c.  At level 0, beyond 1 to 3: one answer of a, one of d.
+    assert account.as_json() == {
+        "prompts": 6, "kept": 3, "dropped": {"tie": 1, "unscored": 1, "off_level": 1}, "unscored": 3, "off_level": 2,
+        "own": {"rated": 1},
+    }  # fmt: skip

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 
 from alignlab.cli import main
 
+PAGE = (Path(__file__).resolve().parents[3] / "docs" / "loop.md").read_text(encoding="utf-8")
 Run = Callable[..., Any]
 
 
@@ -107,7 +110,9 @@ def test_another_number_is_another_loop(run: Run, home: Path, words: list[str], 
         ("samples=1", "samples=1: at least 2"),
         ("temperature=0", "answers would all be the same"),
         ("objective=sft", "objective=sft learns no preferences"),
-        ("objective=cpo", "conditioned rows are not made by the loop yet"),
+        ("objective=cpsft", "objective=cpsft learns no preferences; take dpo, kto or cpo"),
+        ("objective=cpo", "measure=words: is of one score; for objective=cpo answers are rated in several dimensions"),
+        ("score=[words]", "score: is for objective=cpo; objective=dpo has one scorer="),
         ("reference.name_or_path=x", "the loop chooses the reference"),
         ("rounds=many", "rounds: many"),
     ],
@@ -157,3 +162,32 @@ def test_a_scorer_that_is_none(run: Run, words: list[str], plugin: None, small_m
     answer = run(*words, "scorer=beauty")
     assert answer.code == 2
     assert "no verifier is called so (verifier, choice, length, math, number, sums)" in answer.err
+
+
+def test_the_page_s_round_under_conditions(run: Run, home: Path) -> None:
+    told = PAGE.split("Try it")[1]
+    blocks = [
+        "\n".join(line[4:] for line in block.splitlines()) for block in re.findall(r"(?:^    .*\n|^\n)+", told, re.M)
+    ]
+    program, command = [block.strip() for block in blocks if block.strip()][:2]
+    (home / "brevity.py").write_text(program + "\n")
+    answer = run(*shlex.split(command)[1:])
+    assert answer.code == 0, answer.err
+    assert "asked for: length [1, 2, 3] = 3 conditions" in answer.out
+    folder = Path("loops/by-length")
+    samples, rows = (lines(folder / f"round-1/samples/{name}.jsonl") for name in ("samples", "rows"))
+    assert all(sorted(one["length"] for one in sample["requested"]) == [1, 2, 3] for sample in samples)
+    levels = {sample["id"]: [rated["length"] for rated in sample["ratings"]] for sample in samples}
+    told_apart = [name for name, own in levels.items() if len(set(own)) > 1]
+    assert [row["id"] for row in rows] == told_apart != []
+    account = json.loads((folder / "round-1/train/run/data/manifest.json").read_text())["train"]
+    assert account["read"] == len(rows)
+    # A row's condition is what one of its answers achieved; what is nearer to it is preferred.
+    assert set(account["conditions"]) <= {f"<Length: {level}>" for level in (1, 2, 3)}
+    assert account["pairs"] == sum(counts["pairs"] for counts in account["conditions"].values()) > 0
+    before, after = json.loads((folder / "loop.json").read_text())["rounds"]
+    assert {"control", "control/match", "length"} <= set(before) & set(after)
+    assert after["rows_from"] == len(rows)
+    assert after["sampled_length"] == pytest.approx(sum(sum(own) for own in levels.values()) / 18)  # 6 prompts x 3
+    again = run(*shlex.split(command)[1:])
+    assert again.out.count("done before") == 4
