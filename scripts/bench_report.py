@@ -176,7 +176,8 @@ def case(one: dict[str, Any]) -> str:
 
 def where(machine: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    return f"{machine['device']}, {machine['cores']} cores, {machine['threads']} threads; {versions}; {machine['date']}"
+    threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
+    return f"{machine['device']}, {machine['cores']} cores, {threads}; {versions}; {machine['date']}"
 
 
 def searched(one: dict[str, Any]) -> str:

@@ -198,7 +198,9 @@ def run(given: argparse.Namespace, scratch: Path) -> str:
     order = {
         "model": str(bench.model_folder(given, scratch)), "objective": given.objective, "dtype": given.dtype,
         "max_length": given.max_length, "seed": given.seed, "batch": given.batch, "micro_batch": given.micro_batch,
-        "learning_rate": given.learning_rate, "options": bench_cases.options_of(given),
+        "learning_rate": given.learning_rate,
+        # The rows of the steps alone: a reference pass over a whole file would take longer than all that is measured.
+        "options": {"data.limit": given.batch * (given.warm + given.steps), **bench_cases.options_of(given)},
     }  # fmt: skip
     job, _ = bench_side.job_of(order, given.data, given.warm + given.steps)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
