@@ -40,6 +40,8 @@ import bench_report
 import bench_rows
 from bench_cases import Side, say
 
+from alignlab.errors import AlignlabError
+
 HERE = Path(__file__).resolve().parent
 OBJECTIVES = ("sft", "dpo", "ift", "reward", "tree")
 
@@ -214,6 +216,8 @@ def main(arguments: list[str]) -> None:
             found = measure(given, Path(scratch))
         except RuntimeError as error:
             raise SystemExit(f"a side failed:\n{error}") from None
+        except AlignlabError as error:
+            raise SystemExit(f"{given.data}: {error}") from None
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n")
     print(bench_report.table([found]))

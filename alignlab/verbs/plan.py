@@ -228,10 +228,16 @@ def _work_lines(found: Outlook) -> list[tuple[str, str]]:
     cost = _cost(found)
     if cost is None:
         return rows
-    said = f"{cost['hours']:.3g} hours on {found.where.ranks} {cost['gpu']} = {cost['gpu_hours']:.3g} GPU-hours"
+    said = f"{_duration(cost['hours'])} on {found.where.ranks} {cost['gpu']} = {cost['gpu_hours']:.3g} GPU-hours"
     if "dollars" in cost:
         said += f" = {cost['dollars']:,.2f} dollars"
     return [*rows, ("time", f"{said}, if the model's own work reaches {cost['mfu']:.0%} of the published rate")]
+
+
+def _duration(hours: float) -> str:
+    seconds = hours * 3600
+    unit, size = ("hours", 3600) if seconds >= 3600 else ("minutes", 60) if seconds >= 60 else ("seconds", 1)
+    return f"{seconds / size:.3g} {unit}"
 
 
 def _flops(estimate: Estimate) -> str:

@@ -15,6 +15,7 @@ import torch
 from alignlab.engine.local import LocalEngine
 from alignlab.models.flops import ModelFlops
 from alignlab.types import Ask, PackedBatch
+from alignlab.verbs import plan
 
 Run = Callable[..., Any]
 
@@ -183,3 +184,11 @@ def test_the_page_s_examples(run: Run, words: str) -> None:
     heads = [line.split()[0] for line in answer.out.splitlines() if not line.startswith(" ")]
     assert heads[:7] == ["plan", "for", "model", "data", "steps", "memory", "work"]
     assert not Path("runs/planned").exists()
+
+
+@pytest.mark.parametrize(
+    ("hours", "text"),
+    [(0.46 / 3600, "0.46 seconds"), (59.9 / 3600, "59.9 seconds"), (0.5, "30 minutes"), (36, "36 hours")],
+)
+def test_durations_in_the_unit_that_reads_best(hours: float, text: str) -> None:
+    assert plan._duration(hours) == text
