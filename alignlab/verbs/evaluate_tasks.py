@@ -130,7 +130,8 @@ def _harness(said: dict[str, Any], place: Path, log: Path) -> dict[str, Any]:
     file.write_text(json.dumps({**said, "output_path": str(out)}), encoding="utf-8")  # JSON is YAML
     with log.open("wb") as stream:
         command = [sys.executable, "-m", MODULE, "run", "--config", str(file)]
-        code = call(command, {}, stdout=stream, stderr=subprocess.STDOUT)
+        # Unbuffered, or what went to standard output before an error would stand behind it in the log.
+        code = call(command, {"PYTHONUNBUFFERED": "1"}, stdout=stream, stderr=subprocess.STDOUT)
     written = sorted(out.rglob("results_*.json"))
     if code == Preempted.exit_code:
         raise Preempted("evaluate tasks=: stopped; nothing is kept of a harness that has not ended")
