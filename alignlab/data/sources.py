@@ -77,6 +77,15 @@ def sample_of(row: Row, source: SourceConfig) -> Sample:
     return to_sample(row, source.format, absolute=source.absolute)
 
 
+def samples_of(data: DataConfig, needs: Needs, *, held_out: bool) -> Iterator[tuple[SourceConfig, Sample]]:
+    """The rows of one side with their sources, in file order; raises DataError at the first that cannot be read."""
+    for source in sources_of(data, held_out=held_out):
+        for row in rows_of(source, data, needs, held_out=held_out):
+            sample = sample_of(row, source)
+            if not kept_apart(sample, data, held_out=held_out):
+                yield source, sample
+
+
 def kept_apart(sample: Sample, data: DataConfig, *, held_out: bool) -> bool:
     """Whether a row belongs to the other side of a split by ``data.eval_fraction`` (equal prompts stay together)."""
     share = split_share(data)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from alignlab.config import DataConfig, ModelConfig, RootConfig, SourceConfig
+from alignlab.config import DataConfig, ModelConfig, RootConfig
 from alignlab.configuration import names
 from alignlab.data import cache
 from alignlab.data.examples import to_examples
-from alignlab.data.sources import Needs, holds_out, kept_apart, rows_of, sample_of, sources_of
+from alignlab.data.sources import Needs, holds_out, samples_of, sources_of
 from alignlab.errors import ConfigError, DataError
 from alignlab.judges.templates import request_text
 from alignlab.measuring.sampling import sampled
@@ -48,13 +47,13 @@ def from_file(name: str, data: DataConfig) -> Side:
     """The answers that stand in a file: what ``sample`` printed, or rows of any format that hold answers."""
     path = str(Path(name).expanduser())
     plain = replace(data, path=path, sources=[], columns={}, format="auto", limit=None, eval_fraction=0.0)
-    return _written(name, sources_of(plain, held_out=False), plain, held_out=False)
+    return _written(name, plain, held_out=False)
 
 
 def from_rows(data: DataConfig) -> Side:
     """The answers of the rows themselves (the held-out ones where there are some): the chosen or best rated one."""
     held_out = holds_out(data)
-    return _written(ROWS, sources_of(data, held_out=held_out), data, held_out=held_out)
+    return _written(ROWS, data, held_out=held_out)
 
 
 def from_model(config: RootConfig, name: str, prompts: list[Prompt], asked: list[Prompt] | None = None) -> Side:
@@ -100,9 +99,11 @@ def common(sides: list[Side], limit: int | None) -> tuple[list[str], int]:
     return shared[:limit], len(everything) - len(shared)
 
 
-def _written(name: str, sources: list[SourceConfig], data: DataConfig, *, held_out: bool) -> Side:
+def _written(name: str, data: DataConfig, *, held_out: bool) -> Side:
     side = Side(name, {})
-    for sample in _samples(sources, data, held_out):
+    for source, row in samples_of(data, Needs(Unit.SEQUENCE), held_out=held_out):
+        best = to_examples(row, Unit.SEQUENCE, by=source.rating)
+        sample = best if best.sequences else row
         prompt, answer = prompt_of(sample), _answer(sample)
         text = request_text(prompt.messages)
         if answer is None or text in side.answers:
@@ -111,18 +112,8 @@ def _written(name: str, sources: list[SourceConfig], data: DataConfig, *, held_o
         side.answers[text] = answer
         side.prompts.append(prompt)
     if not side.answers:
-        raise ConfigError(f"judge: {sources[0].path} holds no answers to judge")
+        raise ConfigError(f"judge: {sources_of(data, held_out=held_out)[0].path} holds no answers to judge")
     return side
-
-
-def _samples(sources: list[SourceConfig], data: DataConfig, held_out: bool) -> Iterator[Sample]:
-    for source in sources:
-        for row in rows_of(source, data, Needs(Unit.SEQUENCE), held_out=held_out):
-            sample = sample_of(row, source)
-            if kept_apart(sample, data, held_out=held_out):
-                continue
-            best = to_examples(sample, Unit.SEQUENCE, by=source.rating)
-            yield best if best.sequences else sample
 
 
 def _answer(sample: Sample) -> str | None:

@@ -13,7 +13,7 @@ from alignlab.config import RootConfig
 from alignlab.data.condition import Conditioner
 from alignlab.data.condition_format import Condition
 from alignlab.data.plan import permutation
-from alignlab.data.sources import Needs, rows_of, sample_of, sources_of
+from alignlab.data.sources import Needs, samples_of
 from alignlab.errors import ConfigError
 from alignlab.measuring.control import grid
 from alignlab.measuring.scorers import TextScorer
@@ -31,11 +31,10 @@ def levels_of(config: RootConfig, needs: Needs, verb: str) -> dict[str, list[flo
     """
     declared, wanted = config.data.condition.levels, _controlled(config)
     found: dict[str, set[float]] = defaultdict(set)
-    for source in sources_of(config.data, held_out=True):
-        for row in rows_of(source, config.data, needs, held_out=True):
-            for sequence in sample_of(row, source).sequences:
-                for dimension, rating in sequence.scores.items():
-                    found[dimension].add(rating)
+    for _, sample in samples_of(config.data, needs, held_out=True):
+        for sequence in sample.sequences:
+            for dimension, rating in sequence.scores.items():
+                found[dimension].add(rating)
     chosen = wanted or [*config.data.condition.dimensions] or sorted(set(found) - {"overall"})
     levels = {d: sorted(declared[d] if d in declared else found.get(d, ())) for d in chosen}
     for dimension, own in levels.items():

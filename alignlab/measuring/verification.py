@@ -15,7 +15,7 @@ import numpy as np
 from alignlab.config import DataConfig, EvalConfig
 from alignlab.data.condition import Conditioner
 from alignlab.data.examples import same_prompt, to_examples
-from alignlab.data.sources import Needs, kept_apart, rows_of, sample_of, sources_of
+from alignlab.data.sources import Needs, samples_of
 from alignlab.data.template import Encoder
 from alignlab.errors import DataError
 from alignlab.measuring.control import spearman
@@ -53,20 +53,16 @@ def prompts_of(data: DataConfig, needs: Needs, *, held_out: bool, limit: int | N
     """
     conditioner = Conditioner(data.condition, needs.stage) if needs.stage else None
     seen: set[str] = set()
-    for source in sources_of(data, held_out=held_out):
-        for row in rows_of(source, data, needs, held_out=held_out):
-            sample = sample_of(row, source)
-            if kept_apart(sample, data, held_out=held_out):
+    for _, sample in samples_of(data, needs, held_out=held_out):
+        for one in conditioner.rows(sample) if conditioner else [sample]:
+            prompt = prompt_of(one, data.rating)
+            key = str(prompt.messages)
+            if key in seen:
                 continue
-            for one in conditioner.rows(sample) if conditioner else [sample]:
-                prompt = prompt_of(one, data.rating)
-                key = str(prompt.messages)
-                if key in seen:
-                    continue
-                seen.add(key)
-                yield prompt
-                if limit is not None and len(seen) >= limit:
-                    return
+            seen.add(key)
+            yield prompt
+            if limit is not None and len(seen) >= limit:
+                return
 
 
 def prompt_of(sample: Sample, by: Sequence[str] = ()) -> Prompt:
