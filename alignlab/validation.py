@@ -25,7 +25,9 @@ from alignlab.data.sources import Needs, sources_of
 from alignlab.engine.base import check, resolve_name
 from alignlab.errors import AlignlabError, ConfigError
 from alignlab.models import fourbit
-from alignlab.models.load import at_hand, check_same_tokens, load_tokenizer, resolve_dtype
+from alignlab.models.load import resolve_dtype
+from alignlab.models.source import at_hand
+from alignlab.models.tokens import check_same_tokens, load_tokenizer
 from alignlab.registry import OBJECTIVES
 from alignlab.request import Request
 from alignlab.runs.job import make_encoder, make_objective, needs_of

@@ -17,7 +17,7 @@ from alignlab.errors import ConfigError, DataError
 from alignlab.judges.templates import request_text
 from alignlab.measuring.sampling import sampled
 from alignlab.measuring.verification import Prompt, prompt_of
-from alignlab.models.load import model_folder
+from alignlab.models.source import model_folder
 from alignlab.runfolder import finished_model
 from alignlab.types import Sample, Unit
 

@@ -11,7 +11,8 @@ from alignlab.config import RootConfig
 from alignlab.data.sources import Needs, holds_out
 from alignlab.errors import ConfigError, DataError
 from alignlab.measuring.verification import Answer, Prompt, answers, measured, prompts_of
-from alignlab.models.load import load_model, model_folder, resolve_dtype
+from alignlab.models.load import load_model, resolve_dtype
+from alignlab.models.source import model_folder
 from alignlab.runs.job import make_encoder, make_objective, needs_of
 from alignlab.train import generate_vllm
 from alignlab.types import Unit

@@ -19,7 +19,7 @@ from alignlab.configuration import names
 from alignlab.errors import ConfigError
 from alignlab.measuring.scoring import RewardModel, reward_model
 from alignlab.measuring.verification import Answer
-from alignlab.models.load import check_reward_model
+from alignlab.models.source import check_reward_model
 from alignlab.registry import VERIFIERS
 from alignlab.types import Message, Sample
 from alignlab.types import Sequence as Completion

@@ -30,9 +30,11 @@ from alignlab.data.sources import Needs, holds_out
 from alignlab.data.template import Dropped
 from alignlab.engine.base import cast_parameters
 from alignlab.errors import DataError, NumericsError
-from alignlab.models.load import check_reward_model, check_token_ids, disable_dropout, load_model, resolve_dtype
+from alignlab.models.load import disable_dropout, load_model, resolve_dtype
 from alignlab.models.proof import choose_layout
 from alignlab.models.scorer import Scorer
+from alignlab.models.source import check_reward_model
+from alignlab.models.tokens import check_token_ids
 from alignlab.rewards.judged import Judged, judge
 from alignlab.runfolder import RunFolder, finished_model
 from alignlab.runs.job import TOKEN_BUDGET, make_encoder

@@ -13,7 +13,7 @@ from alignlab.config import ModelConfig, PeftConfig
 from alignlab.models import fourbit
 from alignlab.models.adapters import apply_peft
 from alignlab.models.head import ScalarHead
-from alignlab.models.load import has_stored_head, shape
+from alignlab.models.source import has_stored_head, shape
 
 
 class Skeleton(NamedTuple):

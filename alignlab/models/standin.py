@@ -10,8 +10,8 @@ import torch
 
 from alignlab.config import ModelConfig
 from alignlab.models import tiny
-from alignlab.models.load import configuration
 from alignlab.models.proof import small_copy
+from alignlab.models.source import configuration
 
 FALLBACK = "llama"
 """The family that stands in where a name tells none."""

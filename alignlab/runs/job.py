@@ -32,18 +32,11 @@ from alignlab.models.adapters import apply_peft
 from alignlab.models.compiled import compile_layers
 from alignlab.models.flops import ModelFlops
 from alignlab.models.liger import apply_liger
-from alignlab.models.load import (
-    Loaded,
-    check_same_tokens,
-    check_token_ids,
-    disable_dropout,
-    load_model,
-    load_tokenizer,
-    max_positions,
-    resolve_dtype,
-)
+from alignlab.models.load import Loaded, disable_dropout, load_model, resolve_dtype
 from alignlab.models.proof import choose_layout
 from alignlab.models.scorer import Scorer
+from alignlab.models.source import max_positions
+from alignlab.models.tokens import check_same_tokens, check_token_ids, load_tokenizer
 from alignlab.registry import OBJECTIVES
 from alignlab.train.reference import Reference, reference_logps
 from alignlab.train.shadow import Shadow

@@ -20,7 +20,8 @@ from alignlab import dist
 from alignlab.config import RootConfig
 from alignlab.configuration import names
 from alignlab.errors import ConfigError, Preempted
-from alignlab.models.load import model_folder, resolve_dtype
+from alignlab.models.load import resolve_dtype
+from alignlab.models.source import model_folder
 from alignlab.processes import call
 from alignlab.request import Request, emit
 from alignlab.runfolder import RunFolder, write_atomic

@@ -8,7 +8,7 @@ from typing import Any
 from alignlab import liveness
 from alignlab.config import RootConfig
 from alignlab.data import cache, condition_preview
-from alignlab.models.load import fetch
+from alignlab.models.source import fetch
 from alignlab.request import Request, emit
 from alignlab.runs.header import findings_text
 from alignlab.runs.job import JobData, assemble, attach_reference, check_flags, prepare_data

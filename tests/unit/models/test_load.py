@@ -16,15 +16,9 @@ from alignlab.config import ModelConfig
 from alignlab.errors import ConfigError
 from alignlab.models import tiny
 from alignlab.models.head import ScalarHead
-from alignlab.models.load import (
-    _source,
-    disable_dropout,
-    fetch,
-    load_model,
-    load_tokenizer,
-    max_positions,
-    resolve_dtype,
-)
+from alignlab.models.load import disable_dropout, load_model, resolve_dtype
+from alignlab.models.source import fetch, folder_of, max_positions
+from alignlab.models.tokens import load_tokenizer
 
 FP32 = torch.float32
 
@@ -241,11 +235,11 @@ def test_a_hub_model_is_fetched_once_and_without_its_weights_where_none_are_need
     monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
     monkeypatch.setattr("alignlab.data.hub.commit", lambda *_: "abc")
     config = ModelConfig(name_or_path="owner/name", revision="abc")
-    assert _source(config) == _source(config) == str(hub.folder)
+    assert folder_of(config) == folder_of(config) == str(hub.folder)
     assert hub.asked == [("owner/name", "abc", False)], "the small files, once"
     assert not list(hub.folder.glob("*.safetensors"))
     fetch(config)
-    _source(config, weights=True)
+    folder_of(config, weights=True)
     assert hub.asked[1:] == [("owner/name", "abc", True)], "the weights, once: training opens no connection"
     assert not (hub.folder / "pytorch_model.bin").exists(), "pickles stay where they are"
     (hub.folder / "model-2.safetensors").unlink()
@@ -257,4 +251,4 @@ def test_a_name_that_is_nowhere_is_answered_with_the_nearest(tmp_path: Path, mon
     monkeypatch.setattr("huggingface_hub.snapshot_download", Hub(tmp_path / "none", {}))
     monkeypatch.setattr("alignlab.data.hub.commit", lambda *_: "abc")
     with pytest.raises(ConfigError, match=r"no folder tinny here, and the hub .* did you mean tiny\?"):
-        _source(ModelConfig(name_or_path="tinny"))
+        folder_of(ModelConfig(name_or_path="tinny"))

@@ -13,8 +13,9 @@ from alignlab.config import ModelConfig
 from alignlab.data import cache
 from alignlab.errors import ConfigError
 from alignlab.models import smollm2
-from alignlab.models.load import load_model, load_tokenizer
+from alignlab.models.load import load_model
 from alignlab.models.proof import choose_layout
+from alignlab.models.tokens import load_tokenizer
 
 
 def test_a_missing_package_is_named(monkeypatch):
