@@ -25,7 +25,7 @@ from alignlab.runs.job import make_encoder
 from alignlab.types import Sample, Unit
 
 SPARE = 4
-"""So many times the examples that are wanted are looked at first; too long and faulty rows go."""
+"""So many times the examples that are wanted are looked at first (too long and faulty rows go), then twice as many."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,7 @@ def make(
     """
     unit, total = unit_of(objective), batch * steps
     folder.mkdir(parents=True)
-    looked, entries = 0, []
-    for looked, entry in enumerate(entries_of(path, unit), 1):  # noqa: B007
-        if entry is not None:
-            entries.append(entry)
-        if sum(len(one.flat) for one in entries) >= SPARE * total:
-            break
+    source, entries, looked, examples = entries_of(path, unit), [], 0, 0
 
     def index_of(some: list[Entry], name: str) -> Index:
         write(folder / name, [entry.native for entry in some])
@@ -72,11 +67,22 @@ def make(
         _, encoder = make_encoder(ModelConfig(name_or_path=str(model)), data)
         return prepare(data, Needs(unit), encoder, seed=seed).index
 
-    index = index_of(entries, "candidates.jsonl")
-    ptr = index.example_ptr(unit)
-    kept = {index.sample_id(row): int(ptr[row + 1] - ptr[row]) for row in index.rows.tolist()}
-    whole = [entry for entry in entries if kept.get(entry.native["id"]) == len(entry.flat)]
-    chosen = exactly(whole, total)
+    chosen, wanted, more = None, SPARE * total, True
+    while chosen is None and more:
+        more = False
+        for entry in source:
+            looked += 1
+            if entry is not None:
+                entries.append(entry)
+                examples += len(entry.flat)
+            if examples >= wanted:
+                wanted, more = 2 * wanted, True
+                break
+        index = index_of(entries, "candidates.jsonl")
+        ptr = index.example_ptr(unit)
+        kept = {index.sample_id(row): int(ptr[row + 1] - ptr[row]) for row in index.rows.tolist()}
+        whole = [entry for entry in entries if kept.get(entry.native["id"]) == len(entry.flat)]
+        chosen = exactly(whole, total)
     if chosen is None:
         sizes = sorted({len(entry.flat) for entry in whole})
         raise SystemExit(

@@ -80,6 +80,19 @@ def test_flat_rows_hold_the_same_examples_step_by_step(tmp_path, model, monkeypa
         assert all(text in said for text, said in zip(texts, seen, strict=True)), "not in the order of the steps"
 
 
+def test_more_rows_are_looked_at_until_some_make_the_steps_exactly(tmp_path, model, monkeypatch) -> None:
+    """Rows of 3 examples first cannot make 2 steps of 2; the one of 1 example comes after the 4 x 4 looked at first."""
+    monkeypatch.setenv("ALIGNLAB_CACHE", str(tmp_path / "cache"))
+    rows = [scored_row(number, (3, 2, 1)) for number in range(10)] + [scored_row(10, (2, 1))]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = bench_rows.make(file, "reward", model, tmp_path / "made", batch=2, steps=2, max_length=200, seed=3)
+    assert [json.loads(line)["id"] for line in made.native.read_text().splitlines()] == ["row-0", "row-10"]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
+    with pytest.raises(SystemExit, match=r"10 usable rows of \[3\] examples each cannot make 2 steps of 2 exactly"):
+        bench_rows.make(file, "reward", model, tmp_path / "again", batch=2, steps=2, max_length=200, seed=3)
+
+
 def test_what_a_peer_has_no_form_for_is_left_out(tmp_path) -> None:
     source = tmp_path / "rows.jsonl"
     dialogue = [*turns("a"), *turns("b", "assistant"), *turns("c"), *turns("d", "assistant")]
