@@ -1,4 +1,4 @@
-"""Where a model's files are (built in, a folder, the hub) and what its configuration says; never its weights."""
+"""Where a model's files are (built in, a folder, the hub) and what its configuration says; no weights are loaded."""
 
 from __future__ import annotations
 
@@ -177,6 +177,7 @@ def _whole(folder: Path, weights: bool) -> bool:
 
 
 def hf_configuration(config: ModelConfig, source: str) -> Any:
+    """The Hugging Face configuration in the folder ``source``; its own Python runs only where ``config`` trusts it."""
     from transformers import AutoConfig
 
     with one_line("configuration", config.name_or_path):
@@ -185,6 +186,7 @@ def hf_configuration(config: ModelConfig, source: str) -> Any:
 
 @contextmanager
 def one_line(what: str, name: str) -> Iterator[None]:
+    """What loading ``what`` of the model ``name`` raises, as a ConfigError of one line that names the faulty file."""
     try:
         yield
     except (OSError, ValueError, ImportError, SafetensorError) as error:

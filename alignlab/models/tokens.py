@@ -31,6 +31,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
 
 def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
+    """ConfigError where the tokenizer (None: nothing to check) has ids without a row in the embedding of ``name``."""
     if tokenizer is None:
         return
     rows = model.get_input_embeddings().weight.shape[0]
