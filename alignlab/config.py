@@ -32,6 +32,8 @@ class ModelConfig:
     """Liger's Triton kernels for norms, gated MLPs and rotary positions (GPU; extra ``liger``; a speed key)."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you ask."""
+    head_init_std: float | None = None
+    """Deviation of a reward model's new head; default 1 / sqrt(hidden size + 1); 0.001 for a few hundred pairs."""
 
 
 @dataclass

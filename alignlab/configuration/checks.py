@@ -35,6 +35,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 POSITIVE = (
+    "model.head_init_std",
     "engine.timeout",
     "peft.lora_r",
     "peft.lora_alpha",

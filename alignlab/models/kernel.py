@@ -65,7 +65,8 @@ def comparison_batch(model: Any, layout: str, device: torch.device) -> PackedBat
 def difference(score: Score, batch: PackedBatch, head: str) -> float:
     """Mean absolute difference of log-probabilities (or rewards) between the groups of a line and its ragged plan.
 
-    The mean: in bfloat16 single numbers of a deep model are off by rounding alone.  Infinity where no kernel serves a
+    The mean: in bfloat16 single numbers of a deep model are off by rounding alone.  That of rewards is a share of their
+    mean magnitude, which is whatever the head makes it (``model.head_init_std``).  Infinity where no kernel serves a
     layer, which then asks for something else than the small copy's layers did.
     """
     assert batch.plan is not None
@@ -74,7 +75,8 @@ def difference(score: Score, batch: PackedBatch, head: str) -> float:
         other = _numbers(score, batch._replace(plan=batch.plan._replace(groups=())), head)
     except ConfigError:
         return float("inf")
-    return (one.double() - other.double()).abs().mean().item()
+    gap = (one.double() - other.double()).abs().mean()
+    return (gap if head == "lm" else gap / one.double().abs().mean()).item()
 
 
 def _numbers(score: Score, batch: PackedBatch, head: str) -> Tensor:

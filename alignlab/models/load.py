@@ -53,23 +53,25 @@ def load_model(config: ModelConfig, head: str, dtype: torch.dtype, seed: int) ->
     """The model of ``config`` with the head an objective needs.
 
     ``lm``: a causal language model.  ``scalar``: a sequence-classification model with one label; where the folder holds
-    a causal model the backbone is loaded and the head made anew from ``seed``, without bias, in float32.  Raises
-    ConfigError for a name that cannot be loaded, weights that are missing, and a tokenizer larger than the embedding.
+    a causal model the backbone is loaded and the head made anew from ``seed``, without bias, in float32, its weights of
+    deviation ``config.head_init_std``.  Raises ConfigError for a name that cannot be loaded, weights that are missing,
+    and a tokenizer larger than the embedding.
     """
     tokenizer = load_tokenizer(config)
     if config.name_or_path == "tiny":
-        model = _tiny(head, dtype, seed)
+        model = _tiny(config, head, dtype, seed)
         text = model.config.to_json_string()
 
         def identify() -> str:
-            return hashlib.sha256(f"{text}/{head}/{seed}".encode()).hexdigest()
+            return hashlib.sha256(f"{text}/{head}/{seed}{_new_head(config, head)}".encode()).hexdigest()
     else:
         source = folder_of(config, weights=True)
         _no_bars()
         model = _pretrained(config, source, head, dtype, seed)
 
         def identify() -> str:
-            return f"{fingerprint_of(Path(source), config)}/{head}/{seed if head == 'scalar' else ''}"
+            drawn = f"{seed}{_new_head(config, head)}" if head == "scalar" else ""
+            return f"{fingerprint_of(Path(source), config)}/{head}/{drawn}"
 
     model.config.use_cache = False
     check_vocabulary(model, tokenizer, config.name_or_path)
@@ -125,11 +127,11 @@ def _pretrained(config: ModelConfig, source: str, head: str, dtype: torch.dtype,
             f"model: {config.name_or_path} lacks the weights {', '.join(missing[:3])} ({len(missing)} in all)"
         )
     if head == "scalar":
-        _scalar_head(model, seed, keep=stored_head)
+        _scalar_head(model, None if stored_head else seed, config.head_init_std)
     return model
 
 
-def _tiny(head: str, dtype: torch.dtype, seed: int) -> Any:
+def _tiny(config: ModelConfig, head: str, dtype: torch.dtype, seed: int) -> Any:
     from alignlab.models import tiny
 
     causal, _ = tiny.load(seed)
@@ -141,16 +143,22 @@ def _tiny(head: str, dtype: torch.dtype, seed: int) -> Any:
         with torch.random.fork_rng(devices=[]):
             model = AutoModelForSequenceClassification.from_config(causal.config)
         model.base_model.load_state_dict(causal.base_model.state_dict())
-        _scalar_head(model, seed, keep=False)
+        _scalar_head(model, seed, config.head_init_std)
     for parameter in model.parameters():  # buffers keep their dtype: rotary frequencies in bfloat16 are other positions
         parameter.data = parameter.data.to(dtype)
     return model
 
 
-def _scalar_head(model: Any, seed: int, *, keep: bool) -> None:
-    """A bias-free scalar head in float32; a new one is drawn from ``seed`` with deviation 1 / sqrt(hidden + 1).
+def _new_head(config: ModelConfig, head: str) -> str:
+    """What besides the seed says which weights a new head has; empty for the usual deviation."""
+    return f"/{config.head_init_std}" if head == "scalar" and config.head_init_std is not None else ""
 
-    With a bias the absolute terms of the Eurus objective could move zero instead of the rewards.
+
+def _scalar_head(model: Any, seed: int | None, std: float | None) -> None:
+    """A bias-free scalar head in float32: the stored one where ``seed`` is None, else drawn with deviation ``std``.
+
+    ``std`` None is 1 / sqrt(hidden + 1).  With a bias the absolute terms of the Eurus objective could move zero instead
+    of the rewards.
     """
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise ConfigError(
@@ -160,9 +168,9 @@ def _scalar_head(model: Any, seed: int, *, keep: bool) -> None:
     dtype = torch.promote_types(old.weight.dtype, torch.float32)
     head = nn.utils.skip_init(ScalarHead, old.in_features, 1, bias=False, dtype=dtype)
     with torch.no_grad():
-        if keep:
+        if seed is None:
             head.weight.copy_(old.weight)
         else:
-            generator = torch.Generator().manual_seed(seed)
-            head.weight.copy_(torch.randn(head.weight.shape, generator=generator) / (old.in_features + 1) ** 0.5)
+            drawn = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(seed))
+            head.weight.copy_(drawn / (old.in_features + 1) ** 0.5 if std is None else drawn * std)
     model.score = head

@@ -92,10 +92,21 @@ def test_a_new_scalar_head_is_seeded_and_its_size_is_right(folder):
     assert wide.std().item() == pytest.approx((tiny.HIDDEN + 1) ** -0.5, rel=0.1)
 
 
+@pytest.mark.parametrize("name", ["folder", "tiny"])
+def test_a_new_scalar_head_of_another_size(name, folder):
+    """The same draws, scaled: usual weights are draws / sqrt(hidden + 1)."""
+    path = folder if name == "folder" else name
+    usual, small = load(path, "scalar"), load(path, "scalar", head_init_std=0.001)
+    width = usual.model.score.in_features
+    torch.testing.assert_close(small.model.score.weight, usual.model.score.weight * 0.001 * (width + 1) ** 0.5)
+    assert small.fingerprint != usual.fingerprint
+    assert load(path, head_init_std=0.001).fingerprint == load(path).fingerprint  # a language model has no such head
+
+
 def test_a_stored_scalar_head_is_kept(folder, tmp_path):
     first = load(folder, "scalar", seed=4)
     first.model.save_pretrained(tmp_path / "reward")
-    again = load(tmp_path / "reward", "scalar", seed=9)
+    again = load(tmp_path / "reward", "scalar", seed=9, head_init_std=0.001)
     assert torch.equal(again.model.score.weight, first.model.score.weight)
     with pytest.raises(ConfigError, match="is a reward model"):
         load(tmp_path / "reward")
