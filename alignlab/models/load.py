@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from alignlab.config import ModelConfig
 from alignlab.errors import ConfigError
@@ -63,14 +63,14 @@ def load_model(config: ModelConfig, head: str, dtype: torch.dtype, seed: int) ->
         text = model.config.to_json_string()
 
         def identify() -> str:
-            return hashlib.sha256(f"{text}/{head}/{seed}{_new_head(config, head)}".encode()).hexdigest()
+            return hashlib.sha256(f"{text}/{head}/{seed}{_head_size(config, head)}".encode()).hexdigest()
     else:
         source = folder_of(config, weights=True)
         _no_bars()
         model = _pretrained(config, source, head, dtype, seed)
 
         def identify() -> str:
-            drawn = f"{seed}{_new_head(config, head)}" if head == "scalar" else ""
+            drawn = f"{seed}{_head_size(config, head)}" if head == "scalar" else ""
             return f"{fingerprint_of(Path(source), config)}/{head}/{drawn}"
 
     model.config.use_cache = False
@@ -127,7 +127,7 @@ def _pretrained(config: ModelConfig, source: str, head: str, dtype: torch.dtype,
             f"model: {config.name_or_path} lacks the weights {', '.join(missing[:3])} ({len(missing)} in all)"
         )
     if head == "scalar":
-        _scalar_head(model, None if stored_head else seed, config.head_init_std)
+        _scalar_head(model, None if stored_head else _new_head(config, seed))
     return model
 
 
@@ -143,22 +143,32 @@ def _tiny(config: ModelConfig, head: str, dtype: torch.dtype, seed: int) -> Any:
         with torch.random.fork_rng(devices=[]):
             model = AutoModelForSequenceClassification.from_config(causal.config)
         model.base_model.load_state_dict(causal.base_model.state_dict())
-        _scalar_head(model, seed, config.head_init_std)
+        _scalar_head(model, _new_head(config, seed))
     for parameter in model.parameters():  # buffers keep their dtype: rotary frequencies in bfloat16 are other positions
         parameter.data = parameter.data.to(dtype)
     return model
 
 
-def _new_head(config: ModelConfig, head: str) -> str:
+def _head_size(config: ModelConfig, head: str) -> str:
     """What besides the seed says which weights a new head has; empty for the usual deviation."""
     return f"/{config.head_init_std}" if head == "scalar" and config.head_init_std is not None else ""
 
 
-def _scalar_head(model: Any, seed: int | None, std: float | None) -> None:
-    """A bias-free scalar head in float32: the stored one where ``seed`` is None, else drawn with deviation ``std``.
+def _new_head(config: ModelConfig, seed: int) -> Callable[[int], Tensor]:
+    """``draw(hidden) -> [1, hidden]``: a new head's weights."""
+    std = config.head_init_std
 
-    ``std`` None is 1 / sqrt(hidden + 1).  With a bias the absolute terms of the Eurus objective could move zero instead
-    of the rewards.
+    def draw(hidden: int) -> Tensor:
+        drawn = torch.randn((1, hidden), generator=torch.Generator().manual_seed(seed))
+        return drawn / (hidden + 1) ** 0.5 if std is None else drawn * std
+
+    return draw
+
+
+def _scalar_head(model: Any, draw: Callable[[int], Tensor] | None) -> None:
+    """A bias-free scalar head in float32: of drawn weights, or the stored one (None).
+
+    With a bias the absolute terms of the Eurus objective could move zero instead of the rewards.
     """
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise ConfigError(
@@ -168,9 +178,5 @@ def _scalar_head(model: Any, seed: int | None, std: float | None) -> None:
     dtype = torch.promote_types(old.weight.dtype, torch.float32)
     head = nn.utils.skip_init(ScalarHead, old.in_features, 1, bias=False, dtype=dtype)
     with torch.no_grad():
-        if seed is None:
-            head.weight.copy_(old.weight)
-        else:
-            drawn = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(seed))
-            head.weight.copy_(drawn / (old.in_features + 1) ** 0.5 if std is None else drawn * std)
+        head.weight.copy_(old.weight if draw is None else draw(old.in_features))
     model.score = head
