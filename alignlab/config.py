@@ -33,7 +33,7 @@ class ModelConfig:
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you ask."""
     head_init_std: float | None = None
-    """Deviation of a reward model's new head; default 1 / sqrt(hidden size + 1); 0.001 for a few hundred pairs."""
+    """Deviation of a reward model's new head; default 1 / sqrt(hidden size + 1). Small: all rewards start near zero."""
 
 
 @dataclass

@@ -59,7 +59,7 @@ VERBS: dict[str, Verb] = {
         "alignlab.verbs.evaluate:run",
         "loss, accuracy, verifier on held-out rows; a reward model: evaluate rm=MODEL data=ROWS",
         True, (), "model", own=(
-            "rm", "against", "plot", "resamples", "alone", "control", "prompts", "front", "score", "best_of",
+            "rm", "against", "plot", "rewards", "resamples", "alone", "control", "prompts", "front", "score", "best_of",
             "temperature", "measure", "judge", *(f"judge.{name}" for name in JUDGE),
             "tasks", *(f"tasks.{name}" for name in TASKS),
         ),

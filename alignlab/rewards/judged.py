@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -49,6 +50,15 @@ class Judged:
         """int64 [P]: tokens of the chosen answer minus those of the rejected one."""
         both = self.lengths[self.pairs]
         return both[:, 0] - both[:, 1]
+
+    def by_pair(self) -> Iterator[dict[str, Any]]:
+        """Each pair: its row's id and category, both rewards, both lengths in tokens."""
+        for (chosen, rejected), sample, category in zip(self.pairs, self.samples, self.categories, strict=True):
+            yield {
+                "id": self.ids[int(sample)], "category": str(category),
+                "reward_chosen": float(self.rewards[chosen]), "reward_rejected": float(self.rewards[rejected]),
+                "tokens_chosen": int(self.lengths[chosen]), "tokens_rejected": int(self.lengths[rejected]),
+            }  # fmt: skip
 
     def only(self, chosen: np.ndarray) -> Judged:
         """The same sequences with these pairs (a mask or numbers)."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from alignlab.rewards.intervals import Draws, accuracy, wilson
+from alignlab.rewards.intervals import Draws, accuracy, mean, wilson
 from alignlab.rewards.judged import Judged
 
 BINS = 10
@@ -22,15 +22,19 @@ def outcomes(differences: np.ndarray, tie: float = 0.5) -> np.ndarray:
 
 
 def figures(judged: Judged, draws: Draws) -> dict[str, Any]:
-    """How often the chosen answer has the higher reward, beside how often it is the longer one."""
+    """How often the chosen answer has the higher reward, beside how often it is the longer one, and the difference.
+
+    ``over_longer`` has a paired interval: prompts are drawn, and the model and the rule are measured on the same draw.
+    """
     margins = judged.margins
-    longer = outcomes(judged.length_differences)
+    right, longer = outcomes(margins), outcomes(judged.length_differences)
     return {
         "pairs": len(margins),
         "prompts": len(np.unique(judged.prompts)),
         "ties": int((margins == 0).sum()),
-        "accuracy": accuracy(outcomes(margins), judged.prompts, draws).as_json(),
+        "accuracy": accuracy(right, judged.prompts, draws).as_json(),
         "longer_is_better": accuracy(longer, judged.prompts, draws).as_json(),
+        "over_longer": mean(right - longer, judged.prompts, draws).as_json(),
         "margin": float(margins.mean()),
     }
 

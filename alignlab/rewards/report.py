@@ -21,9 +21,10 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
             f"{name:<{width}}  {found['pairs']:>6} {found['prompts']:>7}  {found['accuracy']['value']:>8.3f}  "
             f"{_ends(found['accuracy'])}  {found['longer_is_better']['value']:>6.3f}  {found['margin']:+.3g}"
         )
+    yield f"ties     {result['ties']} (half right)   interval: {_method(result)}"
     yield (
-        f"ties     {result['ties']} (half right)   interval: {_method(result)}   "
-        f"longer-is-better {_figure(result['longer_is_better'])}"
+        f"longer   longer-is-better {_figure(result['longer_is_better'])}   "
+        f"accuracy less that {_figure(result['over_longer'], '+.3f')}"
     )
     if result["benchmark"]:
         yield from _benchmark(result["benchmark"])

@@ -33,6 +33,8 @@ class Options:
     """The second model, said the other way."""
     plot: str | None = None
     """Where the reliability plot goes (PNG); default: beside the figures in the run's ``eval/``."""
+    rewards: str | None = None
+    """Where every pair's rewards go (JSON lines, those of both models)."""
     resamples: int = RESAMPLES
     """Draws of the bootstrap; ``seed`` is the run's."""
     alone: int = 32
@@ -68,7 +70,7 @@ def run(request: Request) -> int:
         result |= {"against": results[1], "comparison": _compared(found[0][0], found[1][0], draws)}
         for line in report.comparison(result["comparison"]):
             print(line)
-    for path in _written(config, options, found[0][1], names, result, calibrations):
+    for path in _written(config, options, found, names, result, calibrations):
         print(f"written  {path}")
     emit(request, result)
     return 0
@@ -144,11 +146,11 @@ def _rows(scored: Scored) -> str:
 
 
 def _written(
-    config: RootConfig, options: Options, folder: RunFolder | None, names: list[str], result: dict[str, Any],
-    calibrations: dict[str, Calibration],
+    config: RootConfig, options: Options, found: list[tuple[Scored, RunFolder | None]], names: list[str],
+    result: dict[str, Any], calibrations: dict[str, Calibration],
 ) -> list[Path]:  # fmt: skip
-    """Write the figures into the run's folder, where the first model is one, and the plot; the paths."""
-    written = []
+    """Write the figures into the run's folder, where the first model is one, the plot and the rewards; the paths."""
+    written, folder = [], found[0][1]
     plot = Path(options.plot).expanduser() if options.plot else None
     if folder is not None:
         folder.eval.mkdir(exist_ok=True)
@@ -159,10 +161,19 @@ def _written(
         written.append(figures_path)
         plot = plot or folder.eval / f"{name}.png"
     if plot is not None:
-        try:
-            plot.parent.mkdir(parents=True, exist_ok=True)
-            plot.write_bytes(reliability(calibrations))
-        except OSError as error:
-            raise StorageError(f"plot: {plot} cannot be written ({error.strerror})") from None
+        _write("plot", plot, reliability(calibrations))
         written.append(plot)
+    if options.rewards:
+        path = Path(options.rewards).expanduser()
+        lines = [json.dumps({"model": one.model, **pair}) for one, _ in found for pair in one.judged.by_pair()]
+        _write("rewards", path, "".join(f"{line}\n" for line in lines).encode())
+        written.append(path)
     return written
+
+
+def _write(key: str, path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    except OSError as error:
+        raise StorageError(f"{key}: {path} cannot be written ({error.strerror})") from None

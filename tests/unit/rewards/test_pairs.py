@@ -27,6 +27,17 @@ def test_accuracy_beside_length(made: Made) -> None:
     found = figures(judged, FEW)
     assert (found["pairs"], found["prompts"], found["ties"], found["margin"]) == (4, 4, 1, 0.5)
     assert found["accuracy"]["value"] == found["longer_is_better"]["value"] == 0.625
+    # Pair by pair 0, -0.5, 0.5, 0: as often above as below, and at most half a point a pair.
+    assert found["over_longer"]["value"] == 0
+    assert -0.5 <= found["over_longer"]["low"] < 0 < found["over_longer"]["high"] <= 0.5
+
+
+def test_the_difference_to_length_is_paired(made: Made) -> None:
+    """Nine pairs that model and rule agree on, one that only the model has right: 0.1, and never below 0."""
+    judged = made([[1, 0]] * 10, lengths=[[2, 1]] * 9 + [[1, 2]])
+    found = figures(judged, FEW)["over_longer"]
+    assert found["value"] == pytest.approx(0.1)
+    assert found["low"] >= 0  # unpaired intervals of 1.0 and 0.9 would reach below
 
 
 def test_categories_are_apart(made: Made) -> None:

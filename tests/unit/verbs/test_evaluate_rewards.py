@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, LlamaForSequenceClassification
 
+from alignlab.errors import StorageError
 from alignlab.rewards.compare import mcnemar
 from alignlab.rewards.intervals import wilson
 
@@ -204,7 +205,8 @@ def test_two_models_on_the_same_rows(run: Run, home: Path, trained: Path, foreig
     data = write(home / "held.jsonl", rows)
     plot = home / "plots" / "two.png"
     command = ("evaluate", f"data={data}", "resamples=500", "alone=0")
-    found = run(*command, f"rm=[{trained},{foreign}]", f"plot={plot}", "--json").json
+    told = home / "plots" / "pairs.jsonl"
+    found = run(*command, f"rm=[{trained},{foreign}]", f"plot={plot}", f"rewards={told}", "--json").json
     mine, theirs = (rewards_by_hand(folder, rows) for folder in (trained / "model", foreign))
     first, second = mine[:, 0] > mine[:, 1], theirs[:, 0] > theirs[:, 1]
     said = found["comparison"]
@@ -215,6 +217,14 @@ def test_two_models_on_the_same_rows(run: Run, home: Path, trained: Path, foreig
     assert found["against"]["accuracy"]["value"] == pytest.approx(second.mean())
     assert found["batch_invariance"] is None
     assert plot.read_bytes().startswith(b"\x89PNG")
+    lines = [json.loads(line) for line in told.read_text().splitlines()]
+    assert [line["model"] for line in lines] == [str(trained / "model")] * 25 + [str(foreign)] * 25
+    both = np.array([[line["reward_chosen"], line["reward_rejected"]] for line in lines])
+    np.testing.assert_allclose(both, np.concatenate((mine, theirs)), atol=1e-5)
+    assert [line["id"] for line in lines[:25]] == [str(row["id"]) for row in rows]
+    assert [line["category"] for line in lines[:25]] == [row["subset"] for row in rows]
+    longer = np.array([np.sign(line["tokens_chosen"] - line["tokens_rejected"]) / 2 + 0.5 for line in lines[:25]])
+    assert found["over_longer"]["value"] == pytest.approx((first - longer).mean())
     again = run(*command, f"rm={trained}", f"against={foreign}")
     assert f"McNemar  only the first right {said['only_first_right']}" in again.out
 
@@ -328,10 +338,19 @@ def test_wrong_input_is_one_line(
     assert len(answer.err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("key", ["rewards", "plot"])
+def test_a_file_that_cannot_be_written_is_named(run: Run, home: Path, foreign: Path, key: str) -> None:
+    data = write(home / "few.jsonl", bench_rows(4, 1))
+    answer = run("evaluate", f"rm={foreign}", f"data={data}", "alone=0", "resamples=100", f"{key}={data}/x")
+    assert answer.code == StorageError.exit_code
+    assert f"{key}: {data}/x cannot be written" in answer.err
+    assert len(answer.err.splitlines()) == 1
+
+
 def test_help_names_the_keys(run: Run) -> None:
     answer = run("evaluate", "--help")
     assert answer.code == 0
-    for key in ("rm", "against", "plot", "resamples", "alone"):
+    for key in ("rm", "against", "plot", "rewards", "resamples", "alone"):
         assert f" {key}" in answer.out
 
 
