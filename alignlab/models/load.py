@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from alignlab.config import ModelConfig
 from alignlab.errors import ConfigError
@@ -127,7 +127,7 @@ def _pretrained(config: ModelConfig, source: str, head: str, dtype: torch.dtype,
             f"model: {config.name_or_path} lacks the weights {', '.join(missing[:3])} ({len(missing)} in all)"
         )
     if head == "scalar":
-        _scalar_head(model, None if stored_head else _new_head(config, seed))
+        _scalar_head(model, config, seed, keep=stored_head)
     return model
 
 
@@ -143,7 +143,7 @@ def _tiny(config: ModelConfig, head: str, dtype: torch.dtype, seed: int) -> Any:
         with torch.random.fork_rng(devices=[]):
             model = AutoModelForSequenceClassification.from_config(causal.config)
         model.base_model.load_state_dict(causal.base_model.state_dict())
-        _scalar_head(model, _new_head(config, seed))
+        _scalar_head(model, config, seed, keep=False)
     for parameter in model.parameters():  # buffers keep their dtype: rotary frequencies in bfloat16 are other positions
         parameter.data = parameter.data.to(dtype)
     return model
@@ -154,19 +154,8 @@ def _head_size(config: ModelConfig, head: str) -> str:
     return f"/{config.head_init_std}" if head == "scalar" and config.head_init_std is not None else ""
 
 
-def _new_head(config: ModelConfig, seed: int) -> Callable[[int], Tensor]:
-    """``draw(hidden) -> [1, hidden]``: a new head's weights."""
-    std = config.head_init_std
-
-    def draw(hidden: int) -> Tensor:
-        drawn = torch.randn((1, hidden), generator=torch.Generator().manual_seed(seed))
-        return drawn / (hidden + 1) ** 0.5 if std is None else drawn * std
-
-    return draw
-
-
-def _scalar_head(model: Any, draw: Callable[[int], Tensor] | None) -> None:
-    """A bias-free scalar head in float32: of drawn weights, or the stored one (None).
+def _scalar_head(model: Any, config: ModelConfig, seed: int, *, keep: bool) -> None:
+    """A bias-free scalar head in float32: the stored one, or one drawn from ``seed`` as ``config.head_init_std`` says.
 
     With a bias the absolute terms of the Eurus objective could move zero instead of the rewards.
     """
@@ -178,5 +167,10 @@ def _scalar_head(model: Any, draw: Callable[[int], Tensor] | None) -> None:
     dtype = torch.promote_types(old.weight.dtype, torch.float32)
     head = nn.utils.skip_init(ScalarHead, old.in_features, 1, bias=False, dtype=dtype)
     with torch.no_grad():
-        head.weight.copy_(old.weight if draw is None else draw(old.in_features))
+        if keep:
+            head.weight.copy_(old.weight)
+        else:
+            drawn = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(seed))
+            std = config.head_init_std
+            head.weight.copy_(drawn / (old.in_features + 1) ** 0.5 if std is None else drawn * std)
     model.score = head
