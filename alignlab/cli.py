@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from alignlab.arguments import Arguments, help_text, parse, verb_named
-from alignlab.errors import AlignlabError
+from alignlab.errors import AlignlabError, StorageError
 from alignlab.imports import collectable, importing
 from alignlab.processes import StopFlag
 from alignlab.request import Request, emit, make_request
@@ -115,7 +115,7 @@ def _fail(error: AlignlabError, code: int, json: bool | Path, stdout: TextIO) ->
     for line in text.splitlines() or [type(error).__name__]:
         print(f"alignlab: {line}", file=sys.stderr)
     if json is not False:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, StorageError):  # said above; the place for the answer is no second error
             emit(Request("", json=json, stdout=stdout), {"error": text, "exit_code": code})
     return code
 

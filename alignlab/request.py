@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from alignlab.durable import write_named
 from alignlab.errors import ConfigError
 from alignlab.verb_table import VERBS
 
@@ -135,8 +136,7 @@ def emit(request: Request, result: dict[str, Any]) -> None:
         return
     text = json_module.dumps(result, ensure_ascii=False, allow_nan=False, default=_plain)
     if isinstance(request.json, Path):
-        request.json.parent.mkdir(parents=True, exist_ok=True)
-        request.json.write_text(text + "\n", encoding="utf-8")
+        write_named("--json", request.json, text + "\n")
     else:
         print(text, file=request.stdout, flush=True)
 

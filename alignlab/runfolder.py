@@ -7,7 +7,6 @@ never sees half a file and a killed run leaves the previous one.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import socket
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from alignlab.data import cache
-from alignlab.durable import sync
+from alignlab.durable import write_atomic
 from alignlab.errors import BusyError, ConfigError, Preempted, StorageError
 
 OURS = (
@@ -208,18 +207,3 @@ def finished_model(name: str, key: str) -> tuple[str, RunFolder | None]:
     if not run.model.is_dir():
         raise ConfigError(f"{key}: {folder} has no finished model; run the training to its end first")
     return str(run.model), run
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Make ``path`` hold ``text``, durably and all at once."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with staged.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(staged, path)
-        sync(path.parent)
-    except OSError as error:
-        staged.unlink(missing_ok=True)
-        raise StorageError(f"{path}: cannot be written ({error.strerror})") from None

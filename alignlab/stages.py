@@ -22,9 +22,10 @@ from alignlab.config import RootConfig
 from alignlab.configuration import names
 from alignlab.configuration.frozen import frozen_text
 from alignlab.data.cache import Claim
+from alignlab.durable import write_atomic
 from alignlab.errors import AlignlabError, ConfigError, Preempted
 from alignlab.processes import StopFlag, call
-from alignlab.runfolder import FINISHED, RunFolder, write_atomic
+from alignlab.runfolder import FINISHED, RunFolder
 
 RECORD = "stage.json"
 POLL_SECONDS = 0.05

@@ -27,13 +27,14 @@ from alignlab.configuration.schema import flatten
 from alignlab.configuration.watch import plain, watched
 from alignlab.data.ledger import SAMPLES_FILE, StepLedger
 from alignlab.data.loader import Ahead
+from alignlab.durable import write_atomic
 from alignlab.engine import checkpoint
 from alignlab.errors import AlignlabError, ConfigError, HangError, OutOfMemoryError, Preempted, StorageError
 from alignlab.launching.launch import captured_output
 from alignlab.measuring.verification import as_json, verified
 from alignlab.models.flops import ModelFlops, peak_rate
 from alignlab.processes import StopFlag
-from alignlab.runfolder import RunFolder, state_of, write_atomic
+from alignlab.runfolder import RunFolder, state_of
 from alignlab.runs import nonfinite
 from alignlab.runs.export import export_model
 from alignlab.runs.header import done_text, header, write_data_account

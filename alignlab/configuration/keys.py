@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from alignlab.runfolder import write_atomic
+from alignlab.durable import write_atomic
 
 FILE = "keys.json"
 

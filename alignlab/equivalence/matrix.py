@@ -18,6 +18,7 @@ from alignlab.config import RootConfig
 from alignlab.configuration import plugins
 from alignlab.configuration.frozen import frozen_text
 from alignlab.data.pack import plain_form
+from alignlab.durable import write_atomic
 from alignlab.equivalence.cells import EXACT, ROUNDING, Cell, Run, Tolerance, chosen, matrix
 from alignlab.equivalence.compare import Trace, allowed, differences
 from alignlab.equivalence.cut import first_layers
@@ -26,7 +27,7 @@ from alignlab.errors import AlignlabError, CheckFailed, ConfigError, OutOfMemory
 from alignlab.launching import launch
 from alignlab.models.load import load_model, resolve_dtype
 from alignlab.models.proof import choose_layout
-from alignlab.runfolder import RunFolder, write_atomic
+from alignlab.runfolder import RunFolder
 from alignlab.runs.job import make_objective
 
 RANKS_MODULE = "alignlab.equivalence.ranks"

@@ -9,13 +9,14 @@ from typing import Any
 
 from alignlab import dist
 from alignlab.configuration.frozen import load_frozen
+from alignlab.durable import write_atomic
 from alignlab.equivalence.cells import Run
 from alignlab.equivalence.compare import Trace
 from alignlab.equivalence.matrix import Outcome, attempt
 from alignlab.equivalence.runs import Rows
 from alignlab.launching.launch import captured_output
 from alignlab.processes import die_with_parent
-from alignlab.runfolder import RunFolder, write_atomic
+from alignlab.runfolder import RunFolder
 
 
 def main(path: str) -> None:

@@ -17,8 +17,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from alignlab.data import cache
+from alignlab.durable import write_atomic
 from alignlab.errors import ConfigError
-from alignlab.runfolder import write_atomic
 
 OPENAI = "https://api.openai.com/v1"
 KIND = "judge"

@@ -26,12 +26,13 @@ from alignlab.config import RootConfig, RunConfig
 from alignlab.configuration import keys, names, plugins, schema, yamlio
 from alignlab.configuration.checks import redact
 from alignlab.configuration.frozen import flat_file, frozen_text
+from alignlab.durable import write_atomic
 from alignlab.errors import AlignlabError, ConfigError, HangError, Preempted
 from alignlab.imports import importing
 from alignlab.launching.supervise import forget, lost, supervise, torchrun
 from alignlab.processes import die_with_parent
 from alignlab.request import Request, emit
-from alignlab.runfolder import RunFolder, state_of, write_atomic
+from alignlab.runfolder import RunFolder, state_of
 
 WAIT_SECONDS = 900.0
 """How long ranks wait for rank 0 to settle the run folder."""

@@ -16,10 +16,11 @@ from pathlib import Path
 from alignlab.config import LaunchConfig, RunConfig
 from alignlab.configuration import keys, plugins, schema
 from alignlab.configuration.frozen import frozen_text
+from alignlab.durable import write_atomic
 from alignlab.errors import ConfigError
 from alignlab.launching.launch import run_folder, run_group, supervise, torchrun
 from alignlab.request import Request, emit
-from alignlab.runfolder import RunFolder, write_atomic
+from alignlab.runfolder import RunFolder
 
 FIRST_PORT, PORTS = 20000, 20000
 

@@ -17,10 +17,11 @@ from typing import Any
 
 from alignlab import liveness
 from alignlab.configuration import names, schema, yamlio
+from alignlab.durable import write_atomic
 from alignlab.errors import AlignlabError, ConfigError, Preempted
 from alignlab.processes import call
 from alignlab.request import Request, emit, make_request
-from alignlab.runfolder import RunFolder, state_of, write_atomic
+from alignlab.runfolder import RunFolder, state_of
 
 MANAGED = ("run.name", "output_dir")
 

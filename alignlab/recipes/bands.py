@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from alignlab import student
+from alignlab.durable import write_atomic
 from alignlab.errors import ConfigError
 from alignlab.recipes.scale import Metric
 from alignlab.recipes.shelf import EXPECTED
-from alignlab.runfolder import write_atomic
 
 LEVEL = 0.99
 LEAST = 3

@@ -11,7 +11,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from alignlab.durable import sync
+from alignlab.durable import write_atomic
 from alignlab.errors import AlignlabError, ConfigError
 
 
@@ -36,10 +36,7 @@ def call_function(file: Path, name: str, folder: Path) -> None:
         text = json.dumps(found, indent=1, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{file}: {name} returned what is no plain JSON: {error}") from None
-    staged = folder / ".answer.json.tmp"
-    staged.write_text(text + "\n", encoding="utf-8")
-    sync(staged)
-    staged.rename(folder / "answer.json")
+    write_atomic(folder / "answer.json", text + "\n")
 
 
 def main(words: list[str]) -> int:

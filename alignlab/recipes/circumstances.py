@@ -13,7 +13,7 @@ from alignlab.configuration.schema import differing
 from alignlab.configuration.yamlio import brief, scalar
 from alignlab.recipes.plan import Planned, stated
 from alignlab.recipes.work import manifests
-from alignlab.verbs.env import collect
+from alignlab.verbs.env import collect, gpus
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "peft", "deepspeed", "gymnasium")
 """Of the installed packages those that a figure can depend on."""
@@ -27,8 +27,9 @@ def versions() -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Cores and processor."""
-    return {"cores": os.cpu_count(), "processor": _processor()}
+    """Cores, processor and, where there are any, GPUs."""
+    found = gpus()
+    return {"cores": os.cpu_count(), "processor": _processor(), **({"gpus": found} if found else {})}
 
 
 def _processor() -> str:

@@ -18,12 +18,13 @@ import numpy as np
 
 from alignlab import dist
 from alignlab.config import ConditionConfig, DataConfig, EngineConfig, EvalConfig, ReferenceConfig, RootConfig
+from alignlab.durable import write_atomic
 from alignlab.errors import AlignlabError
 from alignlab.launching.launch import captured_output
 from alignlab.mappings import temporary_entry
 from alignlab.models.standin import write_standin
 from alignlab.recipes.plan import Planned
-from alignlab.runfolder import RunFolder, write_atomic
+from alignlab.runfolder import RunFolder
 from alignlab.runs.export import export_model
 from alignlab.runs.job import Job, assemble, attach_reference, make_objective, needs_of, prepare_data
 from alignlab.train.loop import Progress, StepReport, fit

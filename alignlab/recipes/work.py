@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from alignlab import stages
+from alignlab.durable import write_atomic
 from alignlab.processes import StopFlag
 from alignlab.recipes.plan import Planned, settings_text, token
-from alignlab.runfolder import RunFolder, write_atomic
+from alignlab.runfolder import RunFolder
 from alignlab.verb_table import VERBS
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from alignlab.config import RootConfig
 from alignlab.configuration.shadows import Probe
+from alignlab.durable import write_atomic
 from alignlab.models.fourbit import weights_in
-from alignlab.runfolder import RunFolder, write_atomic
+from alignlab.runfolder import RunFolder
 from alignlab.runs.job import Job
 from alignlab.runs.rowtext import sample_text
 from alignlab.train.loop import Progress

@@ -18,8 +18,9 @@ from alignlab import dist
 from alignlab.data.ledger import SAMPLES_FILE
 from alignlab.data.loader import Loader
 from alignlab.data.prepare import Prepared
+from alignlab.durable import write_atomic
 from alignlab.errors import NumericsError
-from alignlab.runfolder import RunFolder, write_atomic
+from alignlab.runfolder import RunFolder
 from alignlab.runs.job import Job
 from alignlab.train.evaluation import bad_batches
 from alignlab.train.locate import BadBatch

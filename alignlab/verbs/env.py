@@ -62,6 +62,7 @@ def collect() -> dict[str, Any]:
         "host": socket.gethostname(),
         "folder": os.getcwd(),
         "cpus": os.cpu_count(),
+        "gpus": gpus(),
         "packages": versions,
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "job": {name: os.environ[name] for name in JOB if name in os.environ},
@@ -81,6 +82,19 @@ def commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "") if head.returncode == 0 else None
+
+
+def gpus() -> list[str]:
+    """This node's GPUs with their driver, as the driver's own tool names them; empty where there is none.
+
+    torch would open a context on a GPU to tell its name, and the launcher, which asks, leaves the memory to the ranks.
+    """
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return found.stdout.splitlines() if found.returncode == 0 else []
 
 
 def devices() -> dict[str, Any]:

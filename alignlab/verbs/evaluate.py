@@ -18,11 +18,12 @@ from alignlab import dist
 from alignlab.config import RootConfig
 from alignlab.configuration import schema
 from alignlab.data.sources import holds_out
+from alignlab.durable import write_atomic
 from alignlab.errors import ConfigError
 from alignlab.judges.sides import is_file
 from alignlab.measuring.verification import as_json, verified
 from alignlab.request import Request, emit
-from alignlab.runfolder import RunFolder, write_atomic
+from alignlab.runfolder import RunFolder
 from alignlab.runs.job import assemble, attach_reference, needs_of, prepare_data
 from alignlab.train.loop import Progress, context_of
 from alignlab.train.rewards import evaluate_held_out

@@ -9,6 +9,7 @@ from alignlab.config import RootConfig
 from alignlab.configuration import schema
 from alignlab.data.condition import Conditioner
 from alignlab.data.sources import Needs
+from alignlab.durable import write_atomic
 from alignlab.errors import ConfigError, DataError
 from alignlab.measuring import control
 from alignlab.measuring.conditions import levels_of, levels_text, scored_by, under
@@ -17,7 +18,7 @@ from alignlab.measuring.scorers import TextScorer, named_scorers
 from alignlab.measuring.verification import Answer, Prompt, as_json, prompts_of
 from alignlab.request import Request, emit
 from alignlab.rewards.intervals import Draws
-from alignlab.runfolder import RunFolder, write_atomic
+from alignlab.runfolder import RunFolder
 from alignlab.runs.job import make_objective, needs_of
 from alignlab.types import Unit
 from alignlab.verbs.options import measurement_name, own_options
@@ -78,7 +79,7 @@ def run(request: Request, config: RootConfig, folder: RunFolder | None) -> int:
         name = f"control-{measurement_name(config, 'grid', said | {'prompts': options.prompts, 'score': judges})}"
         path = folder.eval / f"{name}.json"
         write_atomic(path, json.dumps({**result, "answers": as_json(found)}, indent=1, ensure_ascii=False) + "\n")
-        path.with_suffix(".png").write_bytes(control.plot(meter))
+        write_atomic(path.with_suffix(".png"), control.plot(meter))
         print(f"written  {path} and {name}.png")
     emit(request, result)
     return 0

@@ -15,6 +15,7 @@ from typing import Any
 from alignlab.config import RootConfig
 from alignlab.configuration import names
 from alignlab.data.condition import Conditioner
+from alignlab.durable import write_atomic
 from alignlab.errors import ConfigError, DataError
 from alignlab.judges import report
 from alignlab.judges.endpoint import Endpoint, EndpointConfig, Estimate, Reply
@@ -26,7 +27,7 @@ from alignlab.measuring.verification import Prompt
 from alignlab.registry import unknown_name
 from alignlab.request import Request, emit
 from alignlab.rewards.intervals import RESAMPLES, Draws
-from alignlab.runfolder import RunFolder, write_atomic
+from alignlab.runfolder import RunFolder
 from alignlab.runs.job import make_objective, needs_of
 from alignlab.verbs.options import measurement_name, own_options
 

@@ -10,6 +10,7 @@ from alignlab import dist
 from alignlab.config import RootConfig
 from alignlab.configuration import schema
 from alignlab.data.sources import Needs
+from alignlab.durable import write_atomic
 from alignlab.errors import ConfigError, DataError
 from alignlab.measuring.reranking import Pool, table_text, ways
 from alignlab.measuring.sampling import Sampler
@@ -18,7 +19,7 @@ from alignlab.measuring.verification import Answer, Prompt, as_json, prompts_of
 from alignlab.registry import FINAL_ANSWERS
 from alignlab.request import Request, emit
 from alignlab.rewards.intervals import Draws
-from alignlab.runfolder import RunFolder, write_atomic
+from alignlab.runfolder import RunFolder
 from alignlab.runs.job import make_objective, needs_of
 from alignlab.types import Unit
 from alignlab.verbs.options import measurement_name, own_options

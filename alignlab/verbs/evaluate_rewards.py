@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from alignlab.config import RootConfig
-from alignlab.errors import ConfigError, StorageError
+from alignlab.durable import write_atomic, write_named
+from alignlab.errors import ConfigError
 from alignlab.measuring.scorers import short_name
 from alignlab.measuring.scoring import Scored, reward_model, same_pairs, score
 from alignlab.request import Request, emit
@@ -19,7 +20,7 @@ from alignlab.rewards.intervals import RESAMPLES, Draws
 from alignlab.rewards.pairs import Calibration, by_category, calibration, figures, length_slope, signs
 from alignlab.rewards.plot import reliability
 from alignlab.rewards.pools import best_of
-from alignlab.runfolder import RunFolder, write_atomic
+from alignlab.runfolder import RunFolder
 from alignlab.verbs.options import measurement_name, own_options
 
 
@@ -161,19 +162,11 @@ def _written(
         written.append(figures_path)
         plot = plot or folder.eval / f"{name}.png"
     if plot is not None:
-        _write("plot", plot, reliability(calibrations))
+        write_named("plot", plot, reliability(calibrations))
         written.append(plot)
     if options.rewards:
         path = Path(options.rewards).expanduser()
         lines = [json.dumps({"model": one.model, **pair}) for one, _ in found for pair in one.judged.by_pair()]
-        _write("rewards", path, "".join(f"{line}\n" for line in lines).encode())
+        write_named("rewards", path, "".join(f"{line}\n" for line in lines))
         written.append(path)
     return written
-
-
-def _write(key: str, path: Path, content: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    except OSError as error:
-        raise StorageError(f"{key}: {path} cannot be written ({error.strerror})") from None

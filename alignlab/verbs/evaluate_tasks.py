@@ -19,12 +19,13 @@ from typing import Any
 from alignlab import dist
 from alignlab.config import RootConfig
 from alignlab.configuration import names
+from alignlab.durable import write_atomic
 from alignlab.errors import ConfigError, Preempted
 from alignlab.models.load import resolve_dtype
 from alignlab.models.source import model_folder
 from alignlab.processes import call
 from alignlab.request import Request, emit
-from alignlab.runfolder import RunFolder, write_atomic
+from alignlab.runfolder import RunFolder
 from alignlab.verbs.options import own_options
 
 MODULE = "lm_eval"

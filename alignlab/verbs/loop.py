@@ -16,11 +16,11 @@ from typing import Any
 from alignlab.config import RootConfig, SourceConfig
 from alignlab.configuration import names
 from alignlab.data.sources import holds_out
+from alignlab.durable import write_atomic
 from alignlab.errors import ConfigError, DataError
 from alignlab.measuring.asking import Asking, Preferences, Ratings, RoundOptions
 from alignlab.measuring.report import curves_svg
 from alignlab.request import Request, emit
-from alignlab.runfolder import write_atomic
 from alignlab.runs.job import make_objective, needs_of
 from alignlab.stages import Stage, run_stages, train
 from alignlab.types import Unit

@@ -8,11 +8,12 @@ import numpy as np
 
 from alignlab.data.index import Index
 from alignlab.data.ledger import read_samples
+from alignlab.durable import write_atomic
 from alignlab.errors import ConfigError
 from alignlab.measuring.forensics import Figures, Paths, figures, paths
 from alignlab.measuring.report import Suspect, most_suspect, page, read_series
 from alignlab.request import Request, emit
-from alignlab.runfolder import RunFolder, write_atomic
+from alignlab.runfolder import RunFolder
 from alignlab.runs.job import prepare_data
 from alignlab.train.margins import read_margins
 

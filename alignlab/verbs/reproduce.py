@@ -14,6 +14,7 @@ from typing import Any
 
 from alignlab.configuration import names
 from alignlab.configuration.yamlio import parse
+from alignlab.durable import write_atomic
 from alignlab.errors import AlignlabError, ConfigError
 from alignlab.processes import StopFlag
 from alignlab.recipes import bands, shelf
@@ -24,7 +25,6 @@ from alignlab.recipes.reading import read
 from alignlab.recipes.scale import Scale
 from alignlab.recipes.verdict import Verdict, markdown, text
 from alignlab.request import Request, emit
-from alignlab.runfolder import write_atomic
 from alignlab.verbs.options import own_options
 
 LISTS = ("calibrate", "only")

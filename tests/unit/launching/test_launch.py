@@ -23,7 +23,7 @@ from alignlab.configuration.frozen import load_frozen
 from alignlab.errors import AlignlabError, BusyError, ConfigError, DataError, StorageError
 from alignlab.launching import agent, launch, supervise
 from alignlab.request import Request, make_request
-from alignlab.runfolder import OURS, RunFolder, write_atomic
+from alignlab.runfolder import OURS, RunFolder
 
 WORDS = ["objective=dpo", "model=tiny", "data=sums", "run.name=here"]
 
@@ -513,9 +513,3 @@ def test_captured_output_catches_prints_and_gives_the_terminal_back(tmp_path: Pa
     assert answer.stderr == ""
     assert "chatter" in folder.log.read_text()
     assert "c code" in folder.log.read_text()
-
-
-def test_write_atomic_leaves_no_litter(tmp_path: Path) -> None:
-    write_atomic(tmp_path / "a", "x")
-    write_atomic(tmp_path / "a", "y")
-    assert os.listdir(tmp_path) == ["a"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -16,10 +17,11 @@ import forks
 import pytest
 
 from alignlab.configuration.compose import compose
-from alignlab.errors import ConfigError
+from alignlab.errors import ConfigError, StorageError
 from alignlab.runs import job as job_module
 from alignlab.runs.job import assemble, attach_reference, prepare_data
 from alignlab.train.margins import read_margins
+from alignlab.verbs.env import collect, gpus
 
 Run = Callable[..., Any]
 LN2 = math.log(2)
@@ -141,6 +143,33 @@ def test_env(run: Run, home: Path) -> None:
     assert found["packages"]["torch"]
     assert found["environment"]["ALIGNLAB_CACHE"] == str(home / "cache")
     assert found["cache"]["path"] == str(home / "cache")
+
+
+@pytest.mark.parametrize(("code", "expected"), [(0, ["NVIDIA H100, 81559 MiB, 580.1"] * 2), (9, [])])
+def test_gpus_are_named_by_the_drivers_tool(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, expected: list[str]
+) -> None:
+    # 9 is what nvidia-smi leaves with where no driver answers; its words go to standard output too.
+    tool = tmp_path / "nvidia-smi"
+    line = "echo 'NVIDIA H100, 81559 MiB, 580.1'\n"
+    tool.write_text(f"#!/bin/sh\n{line}{line}exit {code}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert collect()["gpus"] == expected
+
+
+def test_without_the_drivers_tool_no_gpu_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpus() == []
+
+
+def test_an_answer_that_cannot_be_written_is_one_line(run: Run, home: Path) -> None:
+    (home / "file").write_text("kept")
+    answer = run("env", f"--json={home}/file/answer.json")
+    assert answer.code == StorageError.exit_code
+    assert f"--json: {home}/file/answer.json cannot be written" in answer.err
+    assert len(answer.err.splitlines()) == 1
+    assert (home / "file").read_text() == "kept"
 
 
 # ---------------------------------------------------------------------------------------------------------------
