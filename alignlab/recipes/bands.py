@@ -54,9 +54,9 @@ def _clean(value: float, places: int) -> float:
     return round(value, max(places, 0)) + 0.0  # no -0.0
 
 
-def rounded(value: float) -> float:
-    """A measured figure as it is recorded: six digits."""
-    return float(f"{value:.6g}")
+def rounded(value: float) -> float | None:
+    """A measured figure as it is recorded: six digits; null for one that its run does not define."""
+    return None if math.isnan(value) else float(f"{value:.6g}")
 
 
 def cannot_fail(metric: Metric, band: Band) -> str:
@@ -69,6 +69,15 @@ def cannot_fail(metric: Metric, band: Band) -> str:
     if band.low == band.high:
         return "the seeds do not differ, so they say nothing of other runs"
     return ""
+
+
+def band_or_why(metric: Metric, values: Sequence[float]) -> Band | str:
+    """The band of one metric's values over seeds, or why they give none that could fail."""
+    undefined = sum(map(math.isnan, values))
+    if undefined:
+        return f"not defined in {undefined} of {len(values)} seeds"
+    band = band_of(values)
+    return cannot_fail(metric, band) or band
 
 
 def read(recipe: Path) -> dict[str, Any]:

@@ -155,17 +155,16 @@ def calibrate(scale: Scale, outcomes: Sequence[Outcome], workers: int) -> Calibr
     metrics, warnings = {}, {}
     for name, metric in scale.metrics.items():
         own = [one[name] for one in values]
-        band = bands.band_of(own)
-        why = bands.cannot_fail(metric, band)
+        band = bands.band_or_why(metric, own)
         metrics[name] = {
             "values": [bands.rounded(value) for value in own], "mean": bands.rounded(statistics.fmean(own)),
-            **({"no_band": why} if why else {"band": [band.low, band.high]}),
+            **({"no_band": band} if isinstance(band, str) else {"band": [band.low, band.high]}),
         }  # fmt: skip
         warnings[name] = [
-            f"has no band to notice the broken setting '{key}'" if why
+            f"has no band to notice the broken setting '{key}'" if isinstance(band, str)
             else f"the band holds the broken setting '{key}' ({value:.4g})"
             for key, value in tried.items()
-            if scale.broken[key].metric == name and (why or band.holds(value))
+            if scale.broken[key].metric == name and (isinstance(band, str) or band.holds(value))
         ]  # fmt: skip
     broken_entry = {
         name: {"metric": scale.broken[name].metric, "value": bands.rounded(value), "seed": wrong[0].case.seed}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,13 +19,17 @@ NOT_JUDGED = "not judged"
 
 @dataclass(frozen=True)
 class Line:
-    """One metric: ``value`` is None where its stages were not done."""
+    """One metric: ``value`` is None where its stages were not done, NaN where they do not define it."""
 
     metric: Metric
     value: float | None
     band: Band | None
     blind: str = ""
     """why the seeds gave no band that could fail"""
+
+    @property
+    def defined(self) -> bool:
+        return self.value is None or not math.isnan(self.value)
 
     @property
     def inside(self) -> bool | None:
@@ -34,13 +39,14 @@ class Line:
     def cells(self) -> list[str]:
         none = NOT_JUDGED if self.blind else NO_BAND
         inside = {None: "not measured" if self.value is None else none, True: "yes", False: "NO"}[self.inside]
-        return [self.metric.say, self.metric.published or "-", str(self.band) if self.band else none,
-                "-" if self.value is None else f"{self.value:.4g}", inside]  # fmt: skip
+        value = "-" if self.value is None else figure(self.value if self.defined else None)
+        return [self.metric.say, self.metric.published or "-", str(self.band) if self.band else none, value, inside]
 
     def as_json(self) -> dict[str, Any]:
         band = [self.band.low, self.band.high] if self.band else None
         return {"metric": self.metric.name, "say": self.metric.say, "published": self.metric.published,
-                "band": band, "no_band": self.blind or None, "measured": self.value, "inside": self.inside}  # fmt: skip
+                "band": band, "no_band": self.blind or None, "measured": self.value if self.defined else None,
+                "undefined": not self.defined, "inside": self.inside}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,8 @@ class Verdict:
         if self.error:
             found.append(f"failed   {name}: {self.error}")
         for line in self.outside if not self.broken else ():
-            found.append(f"outside  {name} {line.metric.name}: {line.value:.6g} is not in {line.band}")
+            value = f"{line.value:.6g} is" if line.defined else "this run does not define it, so it is"
+            found.append(f"outside  {name} {line.metric.name}: {value} not in {line.band}")
         if self.broken:
             found += [f"blind    {name}: the broken setting '{self.broken}' stays inside {line.metric.name}'s band "
                       f"({line.band}): the band cannot see it" for line in self.lines if line.inside]  # fmt: skip
@@ -108,6 +115,11 @@ class Verdict:
             "passed": self.passed, "error": self.error or None, "metrics": [line.as_json() for line in self.lines],
             "differs": self.differs, "versions": self.versions, "not_compared": self.unknown or None,
         }  # fmt: skip
+
+
+def figure(value: float | None) -> str:
+    """A measured figure as a table has it; None: its run does not define it."""
+    return "not defined" if value is None else f"{value:.4g}"
 
 
 _BROKEN = {None: NO_BAND, True: "YES: not noticed", False: "no, as it should"}

@@ -23,7 +23,7 @@ from alignlab.recipes.on_paper import print_commands, try_out
 from alignlab.recipes.plan import Case
 from alignlab.recipes.reading import read
 from alignlab.recipes.scale import Scale
-from alignlab.recipes.verdict import Verdict, markdown, text
+from alignlab.recipes.verdict import Verdict, figure, markdown, text
 from alignlab.request import Request, emit
 from alignlab.verbs.options import own_options
 
@@ -215,11 +215,11 @@ def _say_calibrated(made: Calibration) -> None:
     scale, entry = made.scale, made.entry
     print(f"bands    {scale.recipe} scale={scale.name}: 99 % for one more run, {len(entry['seeds'])} seeds")
     for name, one in entry["metrics"].items():
-        values = " ".join(f"{value:.4g}" for value in one["values"])
+        values = " ".join(map(figure, one["values"]))
         band = "{:.4g} to {:.4g}".format(*one["band"]) if "band" in one else "not judged"
-        print(f"  {name:<28} {band}   mean {one['mean']:.4g} of {values}")
+        print(f"  {name:<28} {band}   mean {figure(one['mean'])} of {values}")
     for name, one in entry["broken"].items():
-        print(f"  broken '{name}': {one['metric']} {one['value']:.4g}")
+        print(f"  broken '{name}': {one['metric']} {figure(one['value'])}")
     for name, one in entry["metrics"].items():
         if "no_band" in one:
             print(f"no band  {scale.recipe} {name}: {one['no_band']}")

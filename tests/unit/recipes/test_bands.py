@@ -60,6 +60,12 @@ def test_what_cannot_fail_is_no_band(metric: Metric, band: Band, said: str) -> N
     assert bands.cannot_fail(metric, band) == said
 
 
+def test_a_band_or_why_there_is_none() -> None:
+    assert bands.band_or_why(DIFFERENCE, [0.2, 0.2001, 0.2002]) == bands.band_of([0.2, 0.2001, 0.2002])
+    assert "holds 0" in str(bands.band_or_why(DIFFERENCE, [-1.0, 1.0, 0.5]))
+    assert bands.band_or_why(DIFFERENCE, [0.2, math.nan, math.nan]) == "not defined in 2 of 3 seeds"
+
+
 def test_one_scale_is_written_and_the_others_stay(tmp_path: Path) -> None:
     bands.write(tmp_path, "toy", {"metrics": {"x": {"band": [0.1, 0.2]}}, "seeds": [1, 2, 3]})
     bands.write(tmp_path, "small", {"metrics": {}})

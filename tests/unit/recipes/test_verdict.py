@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,23 @@ def made(value: float | None, band: Band | None = Band(0.1, 0.2), **more: Any) -
         (0.15, Band(0.1, 0.2), "late", False, "YES: not noticed"),
         (0.3, Band(0.1, 0.2), "late", True, "no, as it should"),
         (0.3, None, "late", True, "no band yet"),
+        (math.nan, Band(0.1, 0.2), None, False, "NO"),
+        (math.nan, Band(0.1, 0.2), "late", True, "no, as it should"),
+        (math.nan, None, None, True, "no band yet"),
     ],
 )
 def test_when_it_passes(value: float | None, band: Band | None, broken: str | None, passes: bool, cell: str) -> None:
     verdict = made(value, band, broken=broken)
     assert verdict.passed is passes
     assert verdict.rows()[0][-1] == cell
+
+
+def test_a_figure_that_the_run_does_not_define() -> None:
+    verdict = made(math.nan)
+    assert verdict.rows()[0][-2:] == ["not defined", "NO"]
+    assert verdict.remarks()[0] == "outside  ift gain: this run does not define it, so it is not in 0.1 to 0.2"
+    (found,) = verdict.as_json()["metrics"]
+    assert (found["measured"], found["undefined"], found["inside"]) == (None, True, False)
 
 
 def test_a_failed_stage_passes_nothing() -> None:

@@ -103,6 +103,26 @@ def test_bands_from_seeds_and_what_falls_outside(run: Run, home: Path, recipe: P
     assert re.search(r"differs  balls: code \{balls.py: .* \(roll, brake\)", other.out)
 
 
+def test_a_figure_that_a_run_does_not_define_takes_no_other_with_it(run: Run, home: Path, recipe: Path) -> None:
+    """A stage says null where nothing could be computed, as the control meter of a measure that never varies."""
+    (recipe / "balls.py").write_text(
+        CODE.replace('{"way": way * (1 - grip)}', '{"way": None if way == 10.2 else way / 2}')
+    )
+    answer = run("reproduce", "./balls", "seed=2")
+    assert answer.code == 0, answer.err
+    assert re.search(r"what braking saves +- +no band yet +not defined +no band yet", answer.out)
+    calibrated = run("reproduce", "./balls", "calibrate=1,2,3")
+    assert calibrated.code == 0, calibrated.err
+    assert "saved                        not judged   mean not defined of 5.05 not defined 5.15" in calibrated.out
+    assert "no band  balls saved: not defined in 1 of 3 seeds" in calibrated.out
+    assert json.loads((recipe / "expected.json").read_text())["toy"]["metrics"]["saved"]["values"] == [5.05, None, 5.15]
+    assert run("reproduce", "./balls", "calibrate=3,4,5").code == 0
+    outside = run("reproduce", "./balls", "seed=2")
+    assert outside.code == 1
+    assert "outside  balls saved: this run does not define it, so it is not in" in outside.out
+    assert [one["inside"] for one in verdict(home, "seed-2")["metrics"]] == [True, False]
+
+
 def test_outside_though_nothing_differs(run: Run, home: Path, recipe: Path) -> None:
     assert run("reproduce", "./balls", "calibrate=1,2,3").code == 0
     answer = run("reproduce", "./balls", "seed=90")  # a way of 19
