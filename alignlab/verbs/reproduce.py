@@ -79,7 +79,8 @@ def run(request: Request) -> int:
         outcomes = carry_out(cases, home, options.workers, stop, say)
     unit = 2**20 if sys.platform == "linux" else 2**30
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / unit
-    print(f"cost     {time.monotonic() - begun:.0f} s, {options.workers} stages at once, {peak:.1f} GiB at most in one")
+    at_once = "one stage after the other" if options.workers == 1 else f"{options.workers} stages at once"
+    print(f"cost     {time.monotonic() - begun:.0f} s, {at_once}, {peak:.1f} GiB at most in one")
     if options.calibrate:
         return _bands(request, scales, outcomes, options)
     verdicts = [verdict(outcome, home) for outcome in outcomes]
